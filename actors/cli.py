@@ -1,0 +1,107 @@
+"""The `repertory` command."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rl.config_file import ConfigError
+
+app = typer.Typer(
+    help="Train language-model agents over many turns of interaction.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+console = Console()
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key.sub=value]...", help="Settings to change; list items by index: stages.1.steps=3"),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML configuration, for example configs/quickstart.yaml")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> None:
+    """Train an agent: every stage of CONFIG, with each role in its own process.
+
+    Example:  repertory train configs/quickstart.yaml run.name=mine run.seed=1 stages.3.steps=20
+
+    Attaches to the Ray cluster at RAY_ADDRESS, or starts one of its own. The run's folder holds everything it made;
+    look at it with `repertory view`.
+    """
+    from actors.launch import run_training
+    from rl.config_file import load_config
+
+    run_training(load_config(config, overrides or []), console, resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="A checkpoint or run folder, or a YAML")],
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate a checkpoint (or a configuration's initial model) on held-out tasks, sampled and greedy.
+
+    Example:  repertory eval runs/quickstart/checkpoints/latest stages.0.n=100 env.max_digits=5
+    """
+    from actors.launch import evaluation_config, run_training
+
+    run_training(evaluation_config(what, overrides or []), console)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Also say what this machine lacks for this configuration")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine, and what it lacks for a configuration. Exits with 1 when something is missing.
+
+    Example:  repertory doctor configs/cluster/qwen_8gpu.yaml
+    """
+    from actors.doctor import diagnose
+    from rl.config_file import load_config
+
+    loaded = load_config(config, overrides or []) if config else None
+    raise typer.Exit(0 if diagnose(loaded, console) else 1)
+
+
+@app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")],
+    episodes: Annotated[int, typer.Option(help="How many episodes to show.")] = 3,
+    success: Annotated[bool | None, typer.Option("--success/--failure", help="Only episodes that did, or did not.")] = None,
+    step: Annotated[int | None, typer.Option(help="Only episodes of this step of their stage.")] = None,
+    flag: Annotated[str | None, typer.Option(help="Only episodes with a turn so flagged (tool_error, truncated).")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show every token with mask, log-prob and version.")] = False,
+) -> None:
+    """Show a run: its evaluations, its curve, and its episodes turn by turn.
+
+    Example:  repertory view runs/quickstart --failure --step 3 --tokens
+    """
+    from actors.view import show_run
+
+    show_run(run, console, episodes=episodes, success=success, step=step, flag=flag, tokens=tokens)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    from rich.markup import escape
+
+    failed: Any = None
+    try:
+        app()
+    except ConfigError as error:
+        failed = error
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise SystemExit(130) from None
+    if failed is not None:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(failed))}", highlight=False)
+        raise SystemExit(2)

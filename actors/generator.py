@@ -1,0 +1,125 @@
+"""The generator: vLLM in the actor's own process, versioned weights from the store, every load proven by log-probs."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.role import Role
+from rl.config import Config
+from rl.policy import Completion, Sampling
+
+
+class WeightSyncError(RuntimeError):
+    """A generator computes with other weights than the learner published."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load cost, and how far the probe was off (mean and largest |log-prob difference|)."""
+
+    version: int
+    load_s: float
+    probe_s: float
+    probe_mean_diff: float
+    probe_max_diff: float
+
+
+class Generator(Role):
+    """Samples completions. May die between any two calls; holds nothing that cannot be rebuilt."""
+
+    role = "generator"
+
+    def __init__(self, config: Config, device: str, store: str, namespace: str):
+        super().__init__()
+        self._config, self._device, self._store, self._namespace = config, device, store, namespace
+        from actors import transfer  # imports vLLM, which takes seconds: here, and only in this process
+
+        self._transfer = transfer
+
+    async def open(self, model_path: str) -> None:
+        """Start the engine on a model folder."""
+        from rl.engine import Engine, EngineOptions
+
+        self._transfer.register()
+        config, g = self._config, self._config.generator
+        self._engine = Engine(
+            model_path,
+            EngineOptions(
+                dtype=config.generator_dtype,
+                max_length=config.model.max_length,
+                max_sequences=g.max_sequences,
+                device=self._device,
+                kv_cache_gib=g.kv_cache_gib,
+                gpu_memory_utilization=g.gpu_memory_utilization,
+                tensor_parallel=g.tensor_parallel,
+                enforce_eager=g.enforce_eager,
+                trust_remote_code=config.model.trust_remote_code,
+                sleep_mode=config.placement.time_share,
+                transfer=self._transfer.NAME,
+            ),
+        )
+
+    async def start(self) -> int:
+        """Catch up with the store; a generator that starts late or again serves the newest version. Returns it."""
+        newest = await ray.get_actor(self._store, namespace=self._namespace).newest.remote()
+        if newest is not None and newest != self._engine.version:
+            await self.load(newest)
+        return self._engine.version
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
+        self._calls["generate"] += 1
+        return await self._engine.generate(token_ids, sampling)
+
+    async def load(self, version: int, policy: str | None = None) -> Loaded:
+        """Swap to `version`, then score the probe sequence and hold it against the learner's log-probs.
+
+        Raises WeightSyncError when they differ by more than `weights.probe_bound`.
+        """
+        self._calls["load"] += 1
+        started = time.perf_counter()
+        store = ray.get_actor(self._store, namespace=self._namespace)
+        manifest = await store.pin.remote(version)
+        try:
+            where = {"store": self._store, "namespace": self._namespace, "version": version}
+            updates = [{**where, "bucket": i} for i in range(len(manifest.buckets))]
+            swapped = self._engine.load(version, updates, policy or self._config.generator.swap)  # type: ignore[arg-type]
+            await asyncio.wrap_future(swapped)
+        finally:
+            await store.unpin.remote(version)
+        loaded = time.perf_counter()
+        scored = await asyncio.wrap_future(self._engine.score(manifest.probe))
+        difference = np.abs(scored - manifest.probe_logprobs)
+        mean, largest = float(difference.mean()), float(difference.max())
+        bound = self._config.probe_bound
+        if not mean <= bound:
+            raise WeightSyncError(
+                f"after loading weight version {version} the generator's log-probs of the probe sequence differ from "
+                f"the learner's by {mean:.3g} on average (largest {largest:.3g}), above weights.probe_bound = {bound:g}: "
+                "the engine does not compute with the weights that were published"
+            )
+        return Loaded(version, loaded - started, time.perf_counter() - loaded, mean, largest)
+
+    async def sleep(self) -> None:
+        await asyncio.wrap_future(self._engine.sleep())
+
+    async def wake_up(self) -> None:
+        await asyncio.wrap_future(self._engine.wake_up())
+
+    async def score(self, token_ids: Sequence[int]) -> np.ndarray:
+        return await asyncio.wrap_future(self._engine.score(token_ids))
+
+    def status(self) -> dict[str, Any]:
+        hit = self._engine.prefix_hits / max(1, self._engine.prefix_queries)
+        return {
+            **super().status(),
+            "version": self._engine.version,
+            "in_flight": self._engine.load_in_flight,
+            "prefix_hit_rate": hit,
+        }
+
+

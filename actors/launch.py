@@ -1,0 +1,123 @@
+"""From a configuration to a running controller, watched by a progress display, to the closing table."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rl import checkpoint
+from rl.config import Config
+from rl.config_file import ConfigError, dump_config, load_config
+
+NAMESPACE = "repertory"
+_POLL_S = 0.5
+
+
+def run_training(config: Config, console: Console, *, resume: bool = False) -> None:
+    """Check everything that can be checked, then train and show it.
+
+    Raises ConfigError, before anything is written, for whatever the user can mend; RunFailed when the run ended with
+    an error.
+    """
+    from actors.preflight import preflight
+
+    device = preflight(config, console, resume=resume)
+    folder = config.run.dir.resolve()
+    if not resume and folder.exists():
+        shutil.rmtree(folder)  # preflight saw run.overwrite
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    import ray
+
+    from actors.display import Display
+
+    try:
+        controller, finished = _start_controller(config, folder, device, resume)
+        with Display(console, config) as display:
+            while True:
+                ready, _ = ray.wait([finished], timeout=_POLL_S)
+                display.update(ray.get(controller.progress.remote()))
+                if ready:
+                    break
+        ray.get(finished)
+    except ray.exceptions.RayTaskError as error:
+        raise ConfigError(_cause(error, folder)) from None
+    except ray.exceptions.RayActorError as error:
+        raise ConfigError(f"the controller died: {error}\nThe run's log: {folder / 'logs' / 'run.log'}") from None
+    finally:
+        ray.shutdown()
+    from actors.summary import show_summary
+
+    show_summary(folder, console)
+
+
+def _start_controller(config: Config, folder: Path, device: str, resume: bool) -> tuple[Any, Any]:
+    import ray
+
+    from actors.controller import Controller
+    from actors.role import bound_threads
+
+    actor = ray.remote(Controller).options(
+        num_cpus=0, max_concurrency=100, runtime_env={"env_vars": {**bound_threads(1), "WANDB_SILENT": "true"}}
+    )
+    controller = actor.remote(config, str(folder), device, f"{NAMESPACE}-{folder.name}-{time.time_ns()}", resume)
+    return controller, controller.run.remote()
+
+
+def connect(device: str) -> None:
+    """Attach to RAY_ADDRESS, or start a cluster of our own."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(address="local", include_dashboard=False, **common)
+
+
+def _cause(error: Any, folder: Path) -> str:
+    """The first cause of a failed run in one message."""
+    cause = error
+    while getattr(cause, "cause", None) is not None:
+        cause = cause.cause
+    return f"the run ended: {type(cause).__name__}: {cause}\nThe run's log: {folder / 'logs' / 'run.log'}"
+
+
+def evaluation_config(what: Path, overrides: list[str]) -> Config:
+    """The configuration of an evaluation-only run of a checkpoint, a run's newest checkpoint, or a configuration.
+
+    Raises ConfigError when `what` is none of them.
+    """
+    from rl.config import EvalStage, ModelConfig
+
+    if what.is_file():
+        base, model = load_config(what), None
+    else:
+        folder = what if (what / "repertory.yaml").is_file() else checkpoint.newest(what)
+        if folder is None or not (folder / "repertory.yaml").is_file():
+            raise ConfigError(f"{what}: neither a configuration, nor a checkpoint, nor a run with a checkpoint")
+        base, model = load_config(folder / "repertory.yaml"), folder.resolve()
+    stage = next((s for s in base.stages if isinstance(s, EvalStage)), EvalStage(kind="eval"))
+    name, number = f"{base.run.name}-eval", 1
+    while (Path(base.run.root) / f"{name}-{number}").exists():
+        number += 1
+    changes: dict[str, Any] = {"run": base.run.model_copy(update={"name": f"{name}-{number}"}), "stages": [stage]}
+    if model is not None:
+        changes["model"] = ModelConfig(
+            **{**base.model.model_dump(), "path": str(model), "scratch": None}
+        )
+    return _with_overrides(base.model_copy(update=changes), overrides)
+
+
+def _with_overrides(config: Config, overrides: list[str]) -> Config:
+    from rl.config_file import apply_overrides, validate
+
+    data = config.model_dump(mode="json")
+    apply_overrides(data, overrides)
+    return validate(data, "evaluation", overridden=[o.partition("=")[0] for o in overrides])

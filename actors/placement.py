@@ -1,0 +1,116 @@
+"""Where the roles run: what they ask of the cluster, whether it has that, and the placement group that holds them."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.role import bound_threads
+from rl.config import Config, Role
+
+_MINIMUM_CPU = 0.01  # a bundle must ask for something
+
+
+class ClusterTooSmall(ValueError):
+    """The roles want more than the cluster has; the text says which role wants what."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one role asks for: `count` actors of (cpus, gpus) each."""
+
+    role: str
+    count: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        each = f"{self.cpus:g} CPU" + (f" + {self.gpus:g} GPU" if self.gpus else "")
+        return f"{self.role}: {self.count} x {each}"
+
+
+def demands(config: Config) -> list[Demand]:
+    """Every role's demand, from the configuration alone."""
+
+    def of(name: str, role: Role, gpus: float | None = None) -> Demand:
+        return Demand(name, role.count, max(role.cpus, _MINIMUM_CPU), role.gpus if gpus is None else gpus)
+
+    g = config.generator
+    wanted = [of("generator", g, g.gpus * g.tensor_parallel), of("learner", config.learner)]
+    if config.needs_reference:
+        wanted.append(of("reference", config.reference))
+    return [*wanted, of("rollout", config.rollout), of("reward", config.reward_actor)]
+
+
+def check(config: Config, cpus: float, gpus: float) -> list[Demand]:
+    """Raises ClusterTooSmall when the demands do not fit into so many CPUs and GPUs in all."""
+    wanted = demands(config)
+    want_cpus = sum(d.count * d.cpus for d in wanted)
+    want_gpus = sum(d.count * d.gpus for d in wanted)
+    if want_cpus > cpus + 1e-9 or want_gpus > gpus + 1e-9:
+        each = "\n".join(f"  {d}" for d in wanted)
+        raise ClusterTooSmall(
+            f"the roles want {want_cpus:g} CPUs and {want_gpus:g} GPUs, and the cluster has {cpus:g} CPUs and {gpus:g} "
+            f"GPUs:\n{each}\nLower <role>.count, <role>.cpus or <role>.gpus, or attach to a larger cluster (RAY_ADDRESS)"
+        )
+    return wanted
+
+
+@dataclass
+class Placement:
+    """A placement group with one bundle an actor, and the actor options that put each into its own."""
+
+    group: PlacementGroup
+    bundles: dict[tuple[str, int], int]
+    config: Config
+
+    @staticmethod
+    async def make(config: Config) -> "Placement":
+        """Raises ClusterTooSmall, also when the total suffices and no node can hold a bundle."""
+        total = ray.cluster_resources()
+        wanted = check(config, total.get("CPU", 0), total.get("GPU", 0))
+        bundles: list[dict[str, float]] = []
+        index: dict[tuple[str, int], int] = {}
+        for demand in wanted:
+            for i in range(demand.count):
+                index[demand.role, i] = len(bundles)
+                bundles.append({"CPU": demand.cpus, **({"GPU": demand.gpus} if demand.gpus else {})})
+        strategy = "PACK" if config.placement.strategy == "packed" else "SPREAD"
+        group = placement_group(bundles, strategy=strategy)
+        ready, _ = ray.wait([group.ready()], timeout=60)
+        if not ready:
+            remove_placement_group(group)
+            each = "\n".join(f"  {d}" for d in wanted)
+            free = ray.available_resources()
+            raise ClusterTooSmall(
+                f"the cluster did not free what the roles want within 60 s (now free: {free.get('CPU', 0):g} CPUs, "
+                f"{free.get('GPU', 0):g} GPUs):\n{each}"
+            )
+        return Placement(group, index, config)
+
+    def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:
+        """Ray options of one actor: its bundle, its threads, and no restarts behind our back."""
+        spec: Role = self.config.reward_actor if role == "reward" else getattr(self.config, role)
+        gpus = spec.gpus * (self.config.generator.tensor_parallel if role == "generator" else 1)
+        return {
+            "num_cpus": max(spec.cpus, _MINIMUM_CPU),
+            "num_gpus": gpus,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.group, self.bundles[role, index], placement_group_capture_child_tasks=True
+            ),
+            "runtime_env": {"env_vars": {**bound_threads(spec.threads), **_inherited()}},
+            **more,
+        }
+
+    def remove(self) -> None:
+        remove_placement_group(self.group)
+
+
+def _inherited() -> dict[str, str]:
+    """What the driver's environment says about caches and offline use holds for the actors too."""
+    names = ("REPERTORY_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH")
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,125 @@
+"""What can be checked before a run writes anything: each fault is one ConfigError that says what to change."""
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from rl import checkpoint
+from rl.config import Config, SftStage
+from rl.config_file import ConfigError
+
+_SCRATCH_BYTES = 64 << 20
+
+
+def preflight(config: Config, console: Console, *, resume: bool) -> str:
+    """Check the run's folder, model, template, environment, reward, disk and cluster. Returns the device."""
+    check_run_folder(config, resume)
+    with console.status("checking the model, the environment and the cluster"):
+        device = choose_device(config)
+        size = check_model(config)
+        check_world(config)
+        check_disk(config, size)
+        check_cluster(config, device)
+    return device
+
+
+def check_run_folder(config: Config, resume: bool) -> None:
+    folder = config.run.dir
+    if resume:
+        if checkpoint.newest(folder) is None:
+            raise ConfigError(f"--resume: {folder} holds no complete checkpoint to go on from")
+    elif folder.exists() and not config.run.overwrite:
+        raise ConfigError(
+            f"the run folder {folder} exists. Choose another run.name=..., go on with --resume, or delete it with "
+            "run.overwrite=true"
+        )
+
+
+def choose_device(config: Config) -> str:
+    """What `device` says; auto is cuda when the roles ask for GPUs, and cpu else."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if config.generator.gpus > 0 or config.learner.gpus > 0 else "cpu"
+    if device == "cuda" and config.learner.gpus == 0:
+        raise ConfigError("device is cuda and learner.gpus is 0: give generator, learner and reference their gpus")
+    if device == "cpu" and config.placement.time_share:
+        raise ConfigError("placement.time_share takes turns on GPUs, and the device is cpu: set it to false")
+    return device
+
+
+def check_model(config: Config) -> int:
+    """The model's bytes on disk. Raises ConfigError when it is missing or its chat template cannot be used."""
+    if config.model.scratch is not None:
+        return _SCRATCH_BYTES
+    from rl.chat import ChatCodec, TemplateError
+    from rl.pretrained import ModelNotFound, find_model, load_tokenizer
+
+    try:
+        folder = find_model(config.model.path or "")
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+        ChatCodec(tokenizer, keep_sampled_turns=config.model.keep_sampled_turns)
+        if config.needs_reference and config.reference.source not in ("stage_start", "initial"):
+            find_model(config.reference.source)
+    except (ModelNotFound, TemplateError) as error:
+        raise ConfigError(str(error)) from None
+    return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+
+
+def check_world(config: Config) -> None:
+    """The environment, its demonstrations and the reward function can be loaded."""
+    from actors.reward import reward_function
+    from rl.demonstration import read_rows
+    from rl.env import Demonstrator, World
+
+    try:
+        world = World(config.env, config.run.seed)
+        world.source.task("train", 0)
+        reward_function(config)
+        for index, stage in enumerate(config.stages):
+            if not isinstance(stage, SftStage):
+                continue
+            if stage.demonstrations.path:
+                read_rows(stage.demonstrations.path)
+            elif not isinstance(world.source, Demonstrator):
+                raise ConfigError(
+                    f"stages[{index}] is sft and env {config.env.name} has no demonstrations of its own: set "
+                    f"stages.{index}.demonstrations.path to rows of messages"
+                )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_disk(config: Config, model_bytes: int) -> None:
+    """A checkpoint is weights plus two fp32 moments and, in bf16, fp32 master weights."""
+    each = model_bytes * (7 if config.learner_dtype == "bfloat16" else 3)
+    wanted = each * (config.run.keep_checkpoints + 2)
+    root = Path(config.run.root).resolve()
+    while not root.exists():
+        root = root.parent
+    free = shutil.disk_usage(root).free
+    if free < wanted:
+        raise ConfigError(
+            f"{root} has {free / 2**30:.1f} GiB free, and {config.run.keep_checkpoints} checkpoints of this model take "
+            f"about {wanted / 2**30:.1f} GiB. Free some space, lower run.keep_checkpoints, or set run.root elsewhere"
+        )
+
+
+def check_cluster(config: Config, device: str) -> None:
+    import ray
+
+    from actors.launch import connect
+    from actors.placement import ClusterTooSmall, check
+
+    try:
+        connect(device)
+    except Exception as error:
+        raise ConfigError(f"cannot reach or start Ray: {error}") from None
+    total = ray.cluster_resources()
+    try:
+        check(config, total.get("CPU", 0), total.get("GPU", 0))
+    except ClusterTooSmall as error:
+        ray.shutdown()
+        raise ConfigError(str(error)) from None

@@ -1,0 +1,38 @@
+"""What every role's actor shares: bounded threads, a status with its process id, peak memory and calls."""
+
+import os
+import resource
+import time
+from collections import Counter
+from typing import Any
+
+
+def bound_threads(count: int) -> dict[str, str]:
+    """Environment of an actor process: each engine starts threads for every core that it sees, unless told."""
+    return {
+        "OMP_NUM_THREADS": str(count),
+        "MKL_NUM_THREADS": str(count),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+class Role:
+    """Base of the roles' actors."""
+
+    role = "role"
+
+    def __init__(self) -> None:
+        self._calls: Counter[str] = Counter()
+        self._busy_s = 0.0
+        self._started = time.time()
+
+    def status(self) -> dict[str, Any]:
+        """pid, calls by name, peak resident memory in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"role": self.role, "pid": os.getpid(), "calls": dict(self._calls), "peak_rss_bytes": peak}

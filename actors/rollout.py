@@ -1,0 +1,96 @@
+"""Rollout workers: play episodes against the generators, and demonstrate tasks for SFT."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.role import Role
+from rl.chat import ChatCodec
+from rl.config import Config
+from rl.demonstration import demonstrate, encode_rows
+from rl.env import World
+from rl.episode import Episode, GroupRequest, Identity, Limits, run_episode
+from rl.policy import Completion, Sampling
+from rl.pretrained import load_tokenizer
+from rl.task import Task, derive_seed
+from rl.trajectory import Summary, Trajectory, summarise, to_trajectory
+
+
+class GeneratorPool:
+    """The generators as one policy. A session sticks to the generator that holds its prefix."""
+
+    def __init__(self, generators: Sequence[Any]):
+        self._generators = list(generators)
+
+    async def act(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
+        chosen = self._generators[derive_seed("session", session) % len(self._generators)]
+        # One array pickles in one piece, a list of ints does not.
+        return await chosen.generate.remote(np.asarray(token_ids, np.int32), sampling, session)
+
+
+class RolloutWorker(Role):
+    """Plays many episodes at once on one event loop; slow tools do not hold others up."""
+
+    role = "rollout"
+
+    def __init__(self, config: Config, generators: Sequence[Any]):
+        super().__init__()
+        self._config = config
+        self._world = World(config.env, config.run.seed)
+        self._limits = Limits(config.env.max_turns, config.model.max_length)
+        self._policy = GeneratorPool(generators)
+        self._slots = asyncio.Semaphore(config.rollout.episodes_in_flight)
+
+    async def open(self, model_path: str) -> None:
+        """Take the model's tokenizer and chat template."""
+        tokenizer = load_tokenizer(model_path, trust_remote_code=self._config.model.trust_remote_code)
+        self._codec = ChatCodec(tokenizer, keep_sampled_turns=self._config.model.keep_sampled_turns)
+
+    async def play(
+        self, request: GroupRequest, sampling: Sampling
+    ) -> tuple[list[Summary], list[Episode], list[Trajectory]]:
+        """The group's episodes. Three return values: the caller owns each, and passes them on without reading them."""
+        self._calls["play"] += 1
+        episodes = await asyncio.gather(*(self._one(request, sampling, s) for s in range(request.samples)))
+        trajectories = [to_trajectory(e) for e in episodes]
+        return [summarise(e, t) for e, t in zip(episodes, trajectories, strict=True)], list(episodes), trajectories
+
+    async def _one(self, request: GroupRequest, sampling: Sampling, sample: int) -> Episode:
+        async with self._slots:
+            return await run_episode(
+                self._world.env(),
+                request.task,
+                self._policy,
+                self._codec,
+                sampling=sampling,
+                limits=self._limits,
+                identity=Identity(request.stage, request.step, request.task.id, sample, request.attempt),
+                seed=self._config.run.seed,
+            )
+
+    async def demonstrate(self, tasks: Sequence[Task], guess_fraction: float) -> list[Trajectory]:
+        self._calls["demonstrate"] += 1
+        return [
+            await demonstrate(
+                self._world,
+                task,
+                self._codec,
+                guess_fraction=guess_fraction,
+                limits=self._limits,
+                seed=self._config.run.seed,
+            )
+            for task in tasks
+        ]
+
+    async def encode_rows(self, path: str) -> list[Trajectory]:
+        return encode_rows(path, self._codec, self._config.model.max_length)
+
+    async def probe(self, length: int) -> list[int]:
+        """Token ids of the weight probe: a held-out task's prompt, then seeded ids from the whole vocabulary."""
+        observation = await self._world.env().reset(self._world.source.task("held_out", 0))
+        ids = self._codec.prompt(observation.messages, observation.tools)[: length // 2]
+        rng = random.Random(0)
+        return [*ids, *(rng.randrange(self._codec.vocabulary) for _ in range(length - len(ids)))]

@@ -1,0 +1,69 @@
+"""What a finished run tells: its evaluations, one task before and after, and where everything lies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rl.metrics import read_lines
+from rl.trajectory import read_parquet
+
+
+def show_summary(run: Path, console: Console) -> None:
+    evaluations = read_lines(run / "eval.jsonl")
+    if evaluations:
+        console.print(evaluation_table(evaluations))
+    if len(evaluations) > 1:
+        show_before_and_after(run, evaluations[-2], evaluations[-1], console)
+    console.print(f"\nEverything lies in {run}", highlight=False, soft_wrap=True)
+    for name, what in (
+        ("config.yaml", "the resolved configuration"),
+        ("metrics.jsonl", "a line a step"),
+        ("eval.jsonl", "a line an evaluation"),
+        ("trajectories", "every episode as Parquet; `repertory view` shows them"),
+        ("checkpoints/latest", "Hugging Face format: plain transformers and plain vLLM load it"),
+        ("wandb", "the wandb run"),
+        ("logs", "the run's log, and every actor's process id and peak memory"),
+    ):
+        if (run / name).exists():
+            console.print(f"  {name:<20} {what}", highlight=False)
+
+
+def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
+    """base, SFT, RL: one row an evaluation."""
+    table = Table(title="held-out tasks" if all(e["split"] == "held_out" for e in evaluations) else "evaluations")
+    table.add_column("after")
+    for column in ("step", "tasks", "success (sampled)", "success (greedy)", "mean turns"):
+        table.add_column(column, justify="right")
+    for e in evaluations:
+        greedy = "" if e["success_greedy"] is None else f"{e['success_greedy']:.3f}"
+        table.add_row(
+            e["stage"], str(e["step"]), str(e["n"]), f"{e['success']:.3f}", greedy, f"{e['mean_turns']:.2f}"
+        )
+    return table
+
+
+def show_before_and_after(run: Path, before: dict[str, Any], after: dict[str, Any], console: Console) -> None:
+    """A task that failed in one evaluation and succeeded in the next, turn by turn."""
+    rows = [_episodes(run, e) for e in (before, after)]
+    task = next((t for t, r in rows[0].items() if not r["success"] and rows[1].get(t, {}).get("success")), None)
+    if task is None:
+        return
+    for name, row in ((before["stage"], rows[0][task]), (after["stage"], rows[1][task])):
+        console.print(f"\n[bold]one task after {name}[/]  (answer {escape(row['answer'])}, reward {row['reward']:g})")
+        show_messages(row, console)
+
+
+def show_messages(row: dict[str, Any], console: Console) -> None:
+    """A conversation, a line a message."""
+    for message in json.loads(row["messages"]):
+        content = message["content"] if isinstance(message["content"], str) else json.dumps(message["content"])
+        console.print(f"  [cyan]{message['role']:>9}[/]  {escape(content)}", highlight=False, soft_wrap=True)
+
+
+def _episodes(run: Path, evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    path = run / "trajectories" / f"eval-{evaluation['stage_index']:02d}-sampled.parquet"
+    return {row["task"]: row for row in read_parquet(path)} if path.is_file() else {}

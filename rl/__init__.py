@@ -1,0 +1,1 @@
+"""What learning is. No Ray, no HTTP. Read rl/loop.py first."""

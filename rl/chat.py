@@ -1,0 +1,219 @@
+"""Messages <-> tokens. The only module that touches chat templates.
+
+Tokens in, tokens out: a conversation grows as
+    prompt ids  +  sampled ids, exactly as sampled  +  glue and encoded observation  +  sampled ids  + ...
+and is never rendered again as a whole. That is right only for a template whose rendering of a conversation is a
+prefix of its rendering of the longer one; `ChatCodec` proves it when it is made, and refuses other templates.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rl.env import Action, Message, ToolCall
+
+_REPLY = "Zq7replyZq7"
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+class TemplateError(ValueError):
+    """A chat template that cannot be continued token by token."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What a template does to an assistant turn that is no longer the last one."""
+
+    name: str
+    content: str
+    says: str
+
+
+_PROBES = (
+    _Probe("rewrites", "one 1", "rewrites earlier assistant turns"),
+    _Probe("whitespace", " \n one 1 \n ", "strips whitespace from earlier assistant turns"),
+    _Probe("reasoning", "<think>two</think>one 1", "strips reasoning from earlier assistant turns"),
+)
+
+
+class ChatCodec:
+    """Encodes prompts and observations for one tokenizer, and parses what the model said.
+
+    Raises TemplateError, naming what the template does, when concatenated turns would not be its own rendering.
+    `keep_sampled_turns` accepts the templates that strip whitespace or reasoning from earlier turns: the turns then
+    stay in the context as they were sampled, in training and in serving alike.
+    """
+
+    def __init__(self, tokenizer: Any, *, keep_sampled_turns: bool = False):
+        if not getattr(tokenizer, "chat_template", None):
+            raise TemplateError("the tokenizer has no chat template. Set model.path to a chat model")
+        self._tokenizer = tokenizer
+        self.vocabulary = len(tokenizer)
+        self._native_tools = self._shows_tools()
+        self._native_tool_role = self._shows_tool_role()
+        self._native_calls = self._shows_calls()
+        suffix = self._after_reply([{"role": "user", "content": "go on"}])
+        self.end_of_turn: int = self._encode(suffix)[0]
+        self._end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        if not suffix.startswith(self._end_text) or self.end_of_turn not in tokenizer.all_special_ids:
+            raise TemplateError(
+                f"the template ends an assistant turn with {suffix[:20]!r}, which is not one special token of the "
+                "tokenizer: where a sampled turn ends cannot be told from its tokens"
+            )
+        self.refused = self._verify()
+        if self.refused and not (keep_sampled_turns and self.refused[0].name != "rewrites"):
+            raise TemplateError(
+                f"the chat template {'; '.join(p.says for p in self.refused)}: the tokens of later turns would not be "
+                "the ones that were sampled. Use another template, or set model.keep_sampled_turns=true to keep "
+                "every turn in the context as it was sampled"
+            )
+
+    # -- encoding ------------------------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of the opening messages, ending where the assistant starts to speak."""
+        return self._encode(self._render(messages, tools, generation_prompt=True))
+
+    def observation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids between the end-of-turn token of one assistant turn and the start of the next one."""
+        if not messages:
+            return []
+        return self._encode(self._after_reply(messages)[len(self._end_text) :])
+
+    def reply(self, message: Message) -> list[int]:
+        """Token ids of an assistant message as a model would have sampled it, end-of-turn included."""
+        return [*self._encode(self.reply_text(message)), self.end_of_turn]
+
+    def reply_text(self, message: Message) -> str:
+        """An assistant message as plain text; structured tool calls become <tool_call> blocks."""
+        calls = "".join(format_call(c["function"]) for c in message.get("tool_calls") or ())
+        return str(message.get("content") or "") + calls
+
+    def messages(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of a whole conversation as the template itself renders it: what concatenation must equal."""
+        return self._encode(self._render(messages, tools, generation_prompt=False))
+
+    # -- decoding ------------------------------------------------------------------------------------------------
+
+    def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+
+    def action(self, token_ids: Sequence[int], truncated: bool = False) -> Action:
+        """The model's turn, parsed. `truncated`: it was cut short before its end-of-turn token."""
+        ids = list(token_ids)
+        if ids and ids[-1] == self.end_of_turn:
+            ids = ids[:-1]
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        calls, error = parse_calls(text)
+        return Action(text, tuple(token_ids), calls, error, truncated)
+
+    # -- the template --------------------------------------------------------------------------------------------
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+        if tools and not self._native_tools:
+            messages, tools = _describe_tools(messages, tools), ()
+        return self._tokenizer.apply_chat_template(
+            [self._adapt(m) for m in messages],
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )
+
+    def _adapt(self, message: Message) -> Message:
+        if message["role"] == "tool" and not self._native_tool_role:
+            return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        if message.get("tool_calls") and not self._native_calls:
+            return {"role": "assistant", "content": self.reply_text(message)}
+        return message
+
+    def _after_reply(self, messages: Sequence[Message]) -> str:
+        opening = [{"role": "user", "content": "go"}, {"role": "assistant", "content": _REPLY}]
+        return self._render([*opening, *messages], (), generation_prompt=True).split(_REPLY)[1]
+
+    def _shows(self, messages: list[Message], word: str, tools: Any = None) -> bool:
+        try:
+            return word in self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        except Exception:
+            # Templates refuse what they do not know with whatever error jinja raises.
+            return False
+
+    def _shows_tools(self) -> bool:
+        tool = {"type": "function", "function": {"name": _REPLY, "description": "d", "parameters": {"type": "object"}}}
+        return self._shows([{"role": "user", "content": "go"}], _REPLY, [tool])
+
+    def _shows_tool_role(self) -> bool:
+        opening = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "x"}]
+        return self._native_tools and self._shows([*opening, {"role": "tool", "content": _REPLY}], _REPLY)
+
+    def _shows_calls(self) -> bool:
+        """Whether the template writes a structured call exactly as `reply_text` does."""
+        call = {"type": "function", "function": {"name": _REPLY, "arguments": {"a": 1, "op": "+"}}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return self._shows([{"role": "user", "content": "go"}, turn], format_call(call["function"]))
+
+    def _verify(self) -> list[_Probe]:
+        """The probes whose concatenated turns differ from the template's own rendering."""
+        refused = []
+        tool = {"role": "tool" if self._native_tool_role else "user", "content": "three"}
+        for probe in _PROBES:
+            opening: list[Message] = [{"role": "user", "content": "go"}]
+            reply: Message = {"role": "assistant", "content": probe.content}
+            concatenated, history = self.prompt(opening), opening
+            for more in (tool, {"role": "user", "content": "and?"}):
+                concatenated += self.reply(reply) + self.observation([more])
+                history = [*history, reply, more]
+            try:
+                rendered = self._render(history, (), generation_prompt=True)
+            except Exception as error:
+                raise TemplateError(f"the chat template fails on a conversation of three turns: {error}") from error
+            # Text, not ids: a tokenizer may merge a turn's first blank with the template's line break, where a
+            # sampled turn cannot. What the template wrote is the question here.
+            if self._tokenizer.decode(concatenated) != self._tokenizer.decode(self._encode(rendered)):
+                refused.append(probe)
+                if probe.name == "rewrites":
+                    break
+        return refused
+
+
+def format_call(function: Mapping[str, Any]) -> str:
+    """A tool call as text, in the form that Hermes, Qwen and others share."""
+    return f'{_OPEN}{{"name": "{function["name"]}", "arguments": {json.dumps(dict(function["arguments"]), ensure_ascii=False)}}}{_CLOSE}'
+
+
+def parse_calls(text: str) -> tuple[tuple[ToolCall, ...], str | None]:
+    """The tool calls in a turn, and what is wrong with them (then no calls)."""
+    if _OPEN not in text and _CLOSE not in text:
+        return (), None
+    blocks = re.findall(rf"{_OPEN}(.*?){_CLOSE}", text, re.DOTALL)
+    if len(blocks) != text.count(_OPEN) or len(blocks) != text.count(_CLOSE):
+        return (), "malformed call: unbalanced tags"
+    calls = []
+    for block in blocks:
+        try:
+            call = json.loads(block)
+        except (ValueError, RecursionError):
+            return (), "malformed call: not JSON"
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return (), "malformed call: no name"
+        arguments = call.get("arguments", {})
+        if not isinstance(arguments, dict):
+            return (), "malformed call: arguments are not an object"
+        calls.append(ToolCall(call["name"], arguments))
+    return tuple(calls), None
+
+
+def _describe_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """For templates that know no tools: the schemas in the system message."""
+    lines = "\n".join(json.dumps(t["function"]) for t in tools)
+    text = (
+        f"You may call tools:\n{lines}\n"
+        f'To call one, write {_OPEN}{{"name": ..., "arguments": {{...}}}}{_CLOSE} and nothing else.'
+    )
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]

@@ -1,0 +1,314 @@
+"""The configuration as a pydantic schema: every setting of a run, its default and its bounds.
+
+Imports no torch. rl/config_file.py reads YAML and dotted overrides into it and explains what is wrong.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Strict):
+    name: str = Field("run", pattern=r"^[\w.\-=]+$")
+    root: str = "runs"
+    seed: int = 0
+    overwrite: bool = False
+    keep_checkpoints: PositiveInt = 3
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.root) / self.name
+
+
+class ScratchModel(Strict):
+    """A Llama made by the run itself, with a byte-level BPE tokenizer trained on the environment's demonstrations."""
+
+    layers: PositiveInt = 4
+    hidden: PositiveInt = 128
+    heads: PositiveInt = 4
+    intermediate: PositiveInt = 352
+    vocabulary: int = Field(512, ge=300)
+
+
+class ModelConfig(Strict):
+    """`path`: a folder, a hub id, or package://MODULE/FILE.gguf (converted once, then cached). Or `scratch`."""
+
+    path: str | None = None
+    scratch: ScratchModel | None = None
+    dtype: Dtype = "float32"
+    max_length: PositiveInt = 512
+    trust_remote_code: bool = False
+    keep_sampled_turns: bool = False
+    """Accept a chat template that rewrites earlier turns: the turns stay in the context as they were sampled."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("give either `path` (a pretrained model) or `scratch` (a model made by the run)")
+        return self
+
+
+class CalculatorConfig(Strict):
+    """Arithmetic with a calculator tool that takes one binary operation a call (rl/envs/calculator.py)."""
+
+    name: Literal["calculator"]
+    min_operations: PositiveInt = 2
+    max_operations: PositiveInt = 4
+    max_digits: PositiveInt = 4
+    operators: str = Field("+-", pattern=r"^[+\-*]+$")
+    max_turns: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CalculatorConfig":
+        if self.min_operations > self.max_operations:
+            raise ValueError(f"min_operations {self.min_operations} is above max_operations {self.max_operations}")
+        return self
+
+
+class ReasoningGymConfig(Strict):
+    """Tasks of a reasoning-gym generator, with the calculator tool (rl/envs/reasoning.py)."""
+
+    name: Literal["reasoning_gym"]
+    dataset: str = "chain_sum"
+    settings: dict[str, Any] = {}
+    tool: Literal["calculator", "none"] = "calculator"
+    max_turns: PositiveInt = 6
+
+
+class RowsConfig(Strict):
+    """Prompts of one's own, from JSONL or Parquet rows with `prompt` (text or messages) and `answer`."""
+
+    name: Literal["rows"]
+    prompts: str
+    held_out: str | None = None
+    tool: Literal["calculator", "none"] = "none"
+    max_turns: PositiveInt = 1
+
+
+class CustomEnvConfig(Strict):
+    """An environment class of one's own by dotted path; `args` is handed to it as it stands."""
+
+    name: Literal["custom"]
+    path: str
+    args: dict[str, Any] = {}
+    max_turns: PositiveInt = 8
+
+
+EnvConfig = Annotated[
+    CalculatorConfig | ReasoningGymConfig | RowsConfig | CustomEnvConfig, Field(discriminator="name")
+]
+
+
+class RewardRule(Strict):
+    """`function`: dotted path of `f(task, episode) -> float | dict of parts`; default: the environment's own rule."""
+
+    function: str | None = None
+    success_at: float = 1.0
+
+
+class Role(Strict):
+    """What one actor of a role may use: `cpus` and `gpus` are Ray's shares, `threads` bounds its thread pools."""
+
+    count: PositiveInt = 1
+    cpus: float = Field(0.25, ge=0)
+    gpus: float = Field(0.0, ge=0)
+    threads: PositiveInt = 1
+
+
+class GeneratorConfig(Role):
+    cpus: float = Field(0.5, ge=0)
+    threads: PositiveInt = 2
+    dtype: Dtype | None = None
+    tensor_parallel: PositiveInt = 1
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    kv_cache_gib: PositiveInt = 1
+    max_sequences: PositiveInt = 128
+    enforce_eager: bool | None = None
+    """No compilation, no CUDA graphs. Default: on CPU, where compiling takes longer than most runs save by it."""
+    swap: Literal["drain", "continue"] = "drain"
+
+
+class RolloutConfig(Role):
+    cpus: float = Field(0.1, ge=0)
+    episodes_in_flight: PositiveInt = 256
+    max_turn_tokens: PositiveInt = 64
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class ReferenceConfig(Role):
+    source: str = "stage_start"
+    """stage_start | initial | a model path"""
+
+
+class LearnerConfig(Role):
+    cpus: float = Field(0.5, ge=0)
+    threads: PositiveInt = 2
+    dtype: Dtype | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch_tokens: PositiveInt = 8192
+    grad_clip: float = Field(1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+
+
+class WeightsConfig(Strict):
+    bucket_mib: PositiveInt = 256
+    probe_bound: float | None = Field(None, gt=0)
+    """Largest mean |log-prob difference| of the probe, generator against learner. Default 1e-3 (fp32), 0.1 (bf16)."""
+
+
+class PlacementConfig(Strict):
+    strategy: Literal["packed", "spread"] = "packed"
+    time_share: bool = False
+    """All roles take turns on the same GPUs: vLLM sleeps while the learner learns, the optimizer is offloaded else."""
+
+
+class WandbConfig(Strict):
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "repertory"
+    sample_episodes: PositiveInt = 4
+
+
+class LoggingConfig(Strict):
+    wandb: WandbConfig = WandbConfig()
+
+
+class Demonstrations(Strict):
+    """Where SFT's episodes come from: the environment's own demonstrator, or rows of `messages` at `path`."""
+
+    path: str | None = None
+    count: PositiveInt = 8192
+    guess_fraction: float = Field(0.0, ge=0, le=1)
+
+
+class SftStage(Strict):
+    kind: Literal["sft"]
+    steps: PositiveInt
+    batch_size: PositiveInt = 64
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: NonNegativeInt = 20
+    schedule: Literal["constant", "cosine"] = "cosine"
+    demonstrations: Demonstrations = Demonstrations()
+
+
+class EvalStage(Strict):
+    kind: Literal["eval"]
+    n: PositiveInt = 200
+    temperature: float = Field(1.0, gt=0)
+    greedy: bool = True
+    top_p: float = Field(1.0, gt=0, le=1)
+    split: Literal["held_out", "train"] = "held_out"
+
+
+class KlConfig(Strict):
+    """KL(policy || reference) in the loss; estimators after http://joschu.net/blog/kl-approx.html."""
+
+    coefficient: float = Field(0.0, ge=0)
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class GrpoConfig(Strict):
+    """GRPO (https://arxiv.org/abs/2402.03300), each of its choices spelled out."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: PositiveInt = 8
+    baseline: Literal["group_mean", "none"] = "group_mean"
+    normalise: Literal["group_std", "none"] = "group_std"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    kl: KlConfig = KlConfig()
+    aggregation: Literal["token", "sequence", "fixed_length"] = "token"
+    fixed_length: PositiveInt | None = None
+    mini_batches: PositiveInt = 1
+    epochs: PositiveInt = 1
+    proximal: Literal["behaviour", "recompute"] = "behaviour"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GrpoConfig":
+        if self.group_size == 1 and (self.baseline == "group_mean" or self.normalise == "group_std"):
+            raise ValueError(
+                "group_size is 1, and a group of one has no baseline: its advantage is always 0. "
+                "Use group_size of 2 or more, or baseline: none and normalise: none"
+            )
+        if self.aggregation == "fixed_length" and self.fixed_length is None:
+            raise ValueError("aggregation: fixed_length divides by a length: set fixed_length")
+        return self
+
+
+class RlStage(Strict):
+    kind: Literal["rl"]
+    steps: PositiveInt
+    tasks_per_step: PositiveInt = 32
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    checkpoint_every: NonNegativeInt = 0
+    algo: GrpoConfig = GrpoConfig()
+
+    @model_validator(mode="after")
+    def _divides(self) -> "RlStage":
+        episodes = self.tasks_per_step * self.algo.group_size
+        if episodes % self.algo.mini_batches:
+            raise ValueError(
+                f"a batch of {self.tasks_per_step} tasks x {self.algo.group_size} samples = {episodes} episodes does "
+                f"not divide into algo.mini_batches = {self.algo.mini_batches}"
+            )
+        return self
+
+
+Stage = Annotated[SftStage | EvalStage | RlStage, Field(discriminator="kind")]
+
+
+class Config(Strict):
+    """One run: a model, an environment, and a list of stages."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    env: EnvConfig
+    reward: RewardRule = RewardRule()
+    stages: list[Stage] = Field(min_length=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    generator: GeneratorConfig = GeneratorConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    reward_actor: Role = Role(cpus=0.1)
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    placement: PlacementConfig = PlacementConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if any(stage.kind == "rl" for stage in self.stages) and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
+            raise ValueError(
+                "an rl stage refuses rollout.top_p and rollout.top_k: they renormalise the sampled distribution and "
+                "bias every importance ratio (about +0.1 in log-prob a token at top_p 0.9). Use rollout.temperature"
+            )
+        return self
+
+    @property
+    def generator_dtype(self) -> Dtype:
+        return self.generator.dtype or self.model.dtype
+
+    @property
+    def learner_dtype(self) -> Dtype:
+        return self.learner.dtype or self.model.dtype
+
+    @property
+    def probe_bound(self) -> float:
+        return self.weights.probe_bound or (1e-3 if self.generator_dtype == self.learner_dtype == "float32" else 0.1)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(isinstance(stage, RlStage) and stage.algo.kl.coefficient > 0 for stage in self.stages)

@@ -1,0 +1,160 @@
+"""YAML and dotted overrides, read into the configuration's schema.
+
+Every error names the setting, where it stands in the file, and the nearest valid name. Imports no torch, so that
+`repertory --help` and a mistyped key answer at once.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rl.config import Config
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration: one message, no traceback."""
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides, validate.
+
+    Raises ConfigError, whose text names each faulty setting with its position and a remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings like `model:`, `env:` and `stages:` at the top level")
+    apply_overrides(data, overrides)
+    return validate(data, str(path), node, [o.partition("=")[0] for o in overrides])
+
+
+def validate(data: dict[str, Any], source: str, node: Any = None, overridden: list[str] | None = None) -> Config:
+    """Check raw settings against the schema. `node`: their YAML tree, for line numbers."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, source, node, overridden or []) for e in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """Set each `key.sub=value` in raw settings; values are read as YAML."""
+    for override in overrides:
+        _apply_override(data, override)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override: write key.sub=value, for example stages.1.steps=3")
+    target: Any = data
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(target, list):
+            if not part.isdigit() or int(part) >= len(target):
+                here = ".".join(parts[:i])
+                raise ConfigError(f"{key}: {here} is a list of {len(target)} items; use an index from 0 on, not {part}")
+            part = int(part)
+        elif not isinstance(target, dict):
+            raise ConfigError(f"{key}: {'.'.join(parts[:i])} is a value, it has no settings below it")
+        if last:
+            target[part] = yaml.safe_load(text)
+        elif isinstance(target, list):
+            target = target[int(part)]
+        else:
+            target = target.setdefault(part, {})
+            if target is None:
+                raise ConfigError(f"{key}: {'.'.join(parts[: i + 1])} is empty")
+
+
+def _explain(error: Any, source: str, node: Any, overridden: list[str]) -> str:
+    """One line for one pydantic error."""
+    steps, parent = _setting(error["loc"])
+    name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
+    dotted = ".".join(map(str, steps))
+    if any(dotted == key or dotted.startswith(key + ".") for key in overridden):
+        where = "command line"
+    else:
+        line = _line(node, steps)
+        where = f"{source}:{line}" if line else source
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(steps[-1]), list(parent.model_fields), n=1, cutoff=0.5) if parent else []
+        prefix = name[: -len(str(steps[-1]))]
+        known = ", ".join(parent.model_fields) if parent else ""
+        hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known here: {known}."
+        return f"{where}: {name} is not a setting. {hint}"
+    if error["type"] == "missing":
+        return f"{where}: {name} is required and is not set"
+    message = re.sub(r"^Value error, ", "", error["msg"])
+    if error["type"].startswith(("union_tag", "literal")):
+        return f"{where}: {name}: {message} (got {error['input']!r})" if name else f"{where}: {message}"
+    shown = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
+    return f"{where}: {name + ': ' if name else ''}{message}{shown}"
+
+
+def _setting(loc: tuple[Any, ...]) -> tuple[list[Any], type[BaseModel] | None]:
+    """A pydantic location as the user's path (without union tags), and the model that holds its last step."""
+    steps: list[Any] = []
+    current: Any = Config
+    holder: type[BaseModel] | None = None
+    for step in loc:
+        members = _members(current)
+        tagged = next((m for m in members if len(members) > 1 and step in _tags(m)), None)
+        if tagged is not None:
+            current = tagged
+            continue
+        if isinstance(step, int):
+            current = (get_args(current) or (Any,))[0]
+        else:
+            models = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+            holder = models[0] if models else None
+            current = holder.model_fields[step].annotation if holder and step in holder.model_fields else Any
+        steps.append(step)
+    return steps, holder
+
+
+def _members(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
+        return [m for arg in get_args(annotation) if arg is not type(None) for m in _members(arg)]
+    return [annotation]
+
+
+def _tags(model: Any) -> tuple[Any, ...]:
+    for name in ("kind", "name"):
+        field = getattr(model, "model_fields", {}).get(name)
+        if field is not None and get_origin(field.annotation) is Literal:
+            return get_args(field.annotation)
+    return ()
+
+
+def _line(node: Any, steps: list[Any]) -> int | None:
+    """The line of a setting, or of the nearest one above it."""
+    line = None
+    for step in steps:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == str(step)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

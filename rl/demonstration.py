@@ -1,0 +1,129 @@
+"""Demonstrations -> trajectories: what SFT trains on, encoded by the same episode loop and codec as sampled turns."""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rl.chat import ChatCodec
+from rl.env import Demonstrator, World
+from rl.episode import Identity, Limits, run_episode
+from rl.policy import Sampling, ScriptedPolicy
+from rl.task import Task, derive_seed
+from rl.trajectory import Trajectory, to_trajectory
+
+
+async def demonstrate(
+    world: World, task: Task, codec: ChatCodec, *, guess_fraction: float, limits: Limits, seed: int
+) -> Trajectory:
+    """The environment's own demonstrator plays the task through the episode loop.
+
+    A fraction of the tasks, chosen by seed, is demonstrated badly: see `Demonstrator`.
+    """
+    if not isinstance(world.source, Demonstrator):
+        raise ValueError(
+            "this environment has no demonstrations of its own: set demonstrations.path on the sft stage to rows of "
+            "messages, or drop the stage"
+        )
+    rng = random.Random(derive_seed("demonstration", seed, task.id))
+    guess = rng.random() < guess_fraction
+    policy = ScriptedPolicy(codec, world.source.demonstrate(task, rng, guess))
+    episode = await run_episode(
+        world.env(), task, policy, codec, sampling=Sampling(), limits=limits, identity=Identity(-1, 0, task.id)
+    )
+    return to_trajectory(episode)
+
+
+def encode_messages(
+    codec: ChatCodec, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), max_length: int = 2**31
+) -> Trajectory:
+    """A recorded conversation as a trajectory, the loss on every assistant turn. Cut at `max_length` tokens.
+
+    Raises ValueError when no assistant message follows the opening ones.
+    """
+    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+    if not first:
+        raise ValueError("a demonstration needs a message before the assistant's first one")
+    tokens = codec.prompt(messages[:first], tools)
+    mask, turn_of = [False] * len(tokens), [-1] * len(tokens)
+    turn, i = 0, first
+    while i < len(messages):
+        reply = codec.reply(messages[i])
+        seen_from = i + 1
+        i = next((j for j in range(seen_from, len(messages)) if messages[j]["role"] == "assistant"), len(messages))
+        # What follows the last assistant message trains nothing.
+        seen = codec.observation(messages[seen_from:i]) if i < len(messages) else []
+        tokens += reply + seen
+        mask += [True] * len(reply) + [False] * len(seen)
+        turn_of += [turn] * (len(reply) + len(seen))
+        turn += 1
+    return Trajectory(
+        np.asarray(tokens, np.int32)[:max_length],
+        np.asarray(mask, bool)[:max_length],
+        np.asarray(turn_of, np.int16)[:max_length],
+        np.zeros(min(len(tokens), max_length), np.float32),
+        np.full(min(len(tokens), max_length), -1, np.int32),
+    )
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Rows of a JSONL or Parquet file.
+
+    Raises ValueError with the file, and the line where it is not JSON.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{path}: no such file")
+    if file.suffix == ".parquet":
+        return pq.read_table(file).to_pylist()
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: expected an object")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def encode_rows(path: str, codec: ChatCodec, max_length: int) -> list[Trajectory]:
+    """Demonstrations of one's own: rows with `messages` and, where tools were used, `tools`.
+
+    Raises ValueError naming the row that cannot be encoded.
+    """
+    trajectories = []
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            messages = row["messages"]
+            messages = json.loads(messages) if isinstance(messages, str) else messages
+            trajectories.append(encode_messages(codec, messages, row.get("tools") or (), max_length))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: row {number}: not a demonstration with `messages`: {error!r}") from error
+    return trajectories
+
+
+def draw_batch(step: int, batch_size: int, count: int, seed: int) -> list[int]:
+    """Which demonstrations SFT step `step` trains on: a new seeded permutation each epoch."""
+    permutations: dict[int, list[int]] = {}
+
+    def at(position: int) -> int:
+        epoch, offset = divmod(position, count)
+        if epoch not in permutations:
+            permutations[epoch] = random.Random(derive_seed("sft", seed, epoch)).sample(range(count), count)
+        return permutations[epoch][offset]
+
+    return [at(p) for p in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def too_short(trajectories: Iterable[Trajectory]) -> int:
+    """How many hold nothing to train on (their prompt alone fills the context)."""
+    return sum(not t.loss_mask.any() for t in trajectories)

@@ -1,0 +1,373 @@
+"""vLLM in this process, stepped by our own thread: token ids in, version-stamped token ids out.
+
+The thread alternates between taking commands and stepping the engine, so a weight swap falls between two steps:
+no request is aborted, and the tokens before and after it carry their own versions.
+
+    generate ──► queue ──► [ commands | swap when due | vLLM step ] ──► Completion
+    load     ──► queue ──►
+"""
+
+import asyncio
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+# Read when vLLM is imported: engine core and worker stay in this process.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.sampling_params import RequestOutputKind
+
+from rl.policy import Completion, Sampling
+
+SwapPolicy = Literal["drain", "continue"]
+
+
+class EngineError(RuntimeError):
+    """The engine thread has died; the text is its cause."""
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing to rendezvous: who reads the weights is told where they are with every update."""
+
+
+class LayerwiseTransfer(WeightTransferEngine):
+    """The swap itself, for any source of named tensors in checkpoint format: subclasses say where they come from."""
+
+    init_info_cls = InitInfo
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        pass
+
+    def tensors(self, update_info: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        raise NotImplementedError
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Any) -> None:
+        self.model.load_weights(self.tensors(update_info))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def refresh_tied_head(model: Any) -> None:
+    """Pack the output head again when it shares the embedding's weight.
+
+    On CPU the head computes with a packed copy made at start. Reloading a tied embedding leaves that copy behind:
+    parameters and checksums agree, and the logits come from the old head.
+    """
+    head = getattr(model, "lm_head", None)
+    method = getattr(head, "quant_method", None)
+    if method is not None and getattr(model.config, "tie_word_embeddings", False):
+        method.process_weights_after_loading(head)
+
+
+@dataclass
+class TensorUpdate(WeightTransferUpdateInfo):
+    tensors: list[tuple[str, torch.Tensor]]
+
+
+class InProcessTransfer(LayerwiseTransfer):
+    """Tensors handed over within the process: rl/loop.py."""
+
+    update_info_cls = TensorUpdate
+
+    def tensors(self, update_info: TensorUpdate) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from update_info.tensors
+
+
+IN_PROCESS = "in_process"
+WeightTransferEngineFactory.register_engine(IN_PROCESS, InProcessTransfer)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    dtype: str = "float32"
+    max_length: int = 512
+    max_sequences: int = 128
+    device: str = "cpu"
+    kv_cache_gib: int = 1
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel: int = 1
+    enforce_eager: bool | None = None
+    trust_remote_code: bool = False
+    sleep_mode: bool = False
+    transfer: str = IN_PROCESS
+
+
+@dataclass
+class _Running:
+    future: Future[Any]
+    internal_id: str
+    marks: list[tuple[int, int]]
+    """(tokens sampled so far, version from there on), one entry a swap."""
+
+
+@dataclass
+class _Swap:
+    version: int
+    updates: Sequence[dict[str, Any]]
+    policy: SwapPolicy
+    future: Future[None] = field(default_factory=Future)
+
+
+class Engine:
+    """Samples completions; swaps its weights between two steps. Methods may be called from any thread or event loop.
+
+    After an error inside vLLM the engine is dead: every call raises EngineError with the cause.
+    """
+
+    def __init__(self, model_path: str, options: EngineOptions, version: int = 0):
+        self.version = version
+        self.prefix_hits = self.prefix_queries = 0
+        self._options = options
+        self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._running: dict[str, _Running] = {}
+        self._held: list[tuple[str, Any]] = []
+        self._swap: _Swap | None = None
+        self._next_id = 0
+        self._error: BaseException | None = None
+        self._llm = LLMEngine.from_engine_args(_engine_args(model_path, options))
+        assert not self._llm.vllm_config.scheduler_config.async_scheduling
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- called from outside -------------------------------------------------------------------------------------
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Sample one turn after `token_ids`."""
+        return await asyncio.wrap_future(self.submit(token_ids, sampling))
+
+    def submit(self, token_ids: Sequence[int], sampling: Sampling) -> "Future[Completion]":
+        future: Future[Completion] = Future()
+        self._send("add", (list(token_ids), _params(sampling), future))
+        return future
+
+    def score(self, token_ids: Sequence[int]) -> "Future[np.ndarray]":
+        """log p(token t | tokens < t) under the current weights, t = 1..T-1, at temperature 1: the weight probe."""
+        future: Future[np.ndarray] = Future()
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        self._send("add", (list(token_ids), params, future))
+        return future
+
+    def load(self, version: int, updates: Sequence[dict[str, Any]], policy: SwapPolicy) -> "Future[None]":
+        """Swap the weights for `version`.
+
+        updates: one update_info a bucket, for the transfer engine named in the options. `drain` finishes the running
+        requests on the old weights and holds new ones back; `continue` swaps at once, and running requests go on
+        with their cache computed again.
+        """
+        swap = _Swap(version, updates, policy)
+        self._send("swap", swap)
+        return swap.future
+
+    def sleep(self) -> "Future[None]":
+        """Give the GPU memory back (weights to host, KV cache dropped), for time-sharing with the learner."""
+        return self._call(lambda: self._llm.sleep(level=1))
+
+    def wake_up(self) -> "Future[None]":
+        return self._call(lambda: self._llm.wake_up())
+
+    def _call(self, function: Any) -> "Future[None]":
+        future: Future[None] = Future()
+        self._send("call", (function, future))
+        return future
+
+    @property
+    def load_in_flight(self) -> int:
+        return len(self._running) + len(self._held)
+
+    def close(self) -> None:
+        self._send("close", None)
+        self._thread.join(timeout=30)
+
+    def _send(self, kind: str, body: Any) -> None:
+        if self._error is not None:
+            raise EngineError(f"the engine has died: {self._error!r}") from self._error
+        self._commands.put((kind, body))
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self._swap is not None and (self._swap.policy == "continue" or not self._running):
+                    self._apply_swap(self._swap)
+                if self._llm.has_unfinished_requests():
+                    for output in self._llm.step():
+                        self._finish(output)
+        except BaseException as error:  # the thread's end must reach everyone who waits on it
+            self._fail(error)
+
+    def _take_commands(self) -> bool:
+        """Take what is queued; with nothing to do, wait for it. False ends the thread."""
+        idle = not self._llm.has_unfinished_requests() and self._swap is None
+        while True:
+            try:
+                kind, body = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            if kind == "close":
+                return False
+            if kind == "swap":
+                self._swap = body
+            elif kind == "call":
+                function, future = body
+                function()
+                future.set_result(None)
+            elif self._swap is not None and self._swap.policy == "drain":
+                self._held.append((kind, body))
+            else:
+                self._add(*body)
+
+    def _add(self, token_ids: list[int], params: SamplingParams, future: Future[Any]) -> None:
+        request_id = str(self._next_id)
+        self._next_id += 1
+        try:
+            internal = self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+        except ValueError as error:  # a prompt that vLLM does not take: the caller's mistake, not the engine's end
+            future.set_exception(error)
+            return
+        self._running[request_id] = _Running(future, internal, [(0, self.version)])
+
+    def _apply_swap(self, swap: _Swap) -> None:
+        states = self._llm.output_processor.request_states
+        self._llm.collective_rpc("start_weight_update")
+        try:
+            for update in swap.updates:
+                self._llm.collective_rpc("update_weights", args=(update,))
+        finally:
+            self._llm.collective_rpc("finish_weight_update")
+        # Cached keys and values were computed by the old weights; running requests compute theirs again.
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not drop its prefix cache with the weights")
+        self.version = swap.version
+        for running in self._running.values():
+            detokenizer = states[running.internal_id].detokenizer
+            assert detokenizer is not None
+            running.marks.append((detokenizer.num_output_tokens(), swap.version))
+        self._swap = None
+        held, self._held = self._held, []
+        for _, body in held:
+            self._add(*body)
+        swap.future.set_result(None)
+
+    def _finish(self, output: Any) -> None:
+        if not output.finished:
+            return
+        running = self._running.pop(output.request_id)
+        if running.future.cancelled():
+            return
+        if output.prompt_logprobs is not None:
+            running.future.set_result(_prompt_logprobs(output))
+            return
+        sampled = output.outputs[0]
+        ids = list(sampled.token_ids)
+        self.prefix_hits += output.num_cached_tokens or 0
+        self.prefix_queries += len(output.prompt_token_ids)
+        running.future.set_result(
+            Completion(
+                ids,
+                list(sampled.logprobs.logprobs),
+                _stamp(len(ids), running.marks),
+                "stop" if sampled.finish_reason == "stop" else "length",
+            )
+        )
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        dead = EngineError(f"the engine has died: {error!r}")
+        dead.__cause__ = error
+        waiting = [r.future for r in self._running.values()] + [body[-1] for _, body in self._held]
+        if self._swap is not None:
+            waiting.append(self._swap.future)
+        while not self._commands.empty():
+            kind, body = self._commands.get()
+            waiting.append(body.future if kind == "swap" else body[-1] if body else Future())
+        for future in waiting:
+            if not future.done():
+                future.set_exception(dead)
+
+
+def _engine_args(model_path: str, options: EngineOptions) -> EngineArgs:
+    cpu = options.device == "cpu"
+    if cpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.kv_cache_gib)
+    return EngineArgs(
+        model=model_path,
+        dtype=options.dtype,  # type: ignore[arg-type]
+        max_model_len=options.max_length,
+        max_num_seqs=options.max_sequences,
+        max_num_batched_tokens=max(options.max_length, 4096),
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        tensor_parallel_size=options.tensor_parallel,
+        distributed_executor_backend="uni" if options.tensor_parallel == 1 else "ray",
+        enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
+        enable_sleep_mode=options.sleep_mode,
+        trust_remote_code=options.trust_remote_code,
+        # A swap must fall between two steps: with async scheduling two batches are in flight.
+        async_scheduling=False,
+        # On CPU a seeded request whose prefill is cut in parts kills vLLM ("CPU Generator does not use offset").
+        enable_chunked_prefill=not cpu,
+        enable_prefix_caching=True,
+        # Ratios need the distribution that was sampled from, not the one before temperature and top-p.
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=options.transfer),
+        disable_log_stats=True,
+        seed=0,
+    )
+
+
+def _params(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _stamp(count: int, marks: Sequence[tuple[int, int]]) -> list[int]:
+    """The version of each of `count` tokens, from (first token, version) marks in order."""
+    versions = [marks[0][1]] * count
+    for start, version in marks[1:]:
+        versions[start:] = [version] * (count - start)
+    return versions
+
+
+def _prompt_logprobs(output: Any) -> np.ndarray:
+    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return np.asarray([at[token].logprob for token, at in pairs], np.float32)

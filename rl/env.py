@@ -1,0 +1,116 @@
+"""The environment protocol: what an episode is played against.
+
+An environment is single-use: one object plays one episode. Its observations are chat messages, its actions are
+the model's turns. A class that also implements `TaskSource` and (optionally) `demonstrate` can be trained on:
+
+    class MyEnv:
+        def __init__(self, settings): ...
+        async def reset(self, task) -> Observation: ...
+        async def step(self, action) -> Step: ...
+        async def close(self) -> None: ...
+"""
+
+import importlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from rl.config import CustomEnvConfig, EnvConfig
+from rl.task import Task, TaskSource
+
+Message = dict[str, Any]
+"""A chat message: {"role": ..., "content": ...} and, on demonstrations, "tool_calls"."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the model sees next: messages, and at reset the tools it may call (OpenAI's function schema)."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Action:
+    """The model's turn as the environment sees it.
+
+    `error` says what was wrong with a malformed tool call; the environment answers it with an error observation.
+    """
+
+    text: str
+    token_ids: Sequence[int] = ()
+    tool_calls: Sequence[ToolCall] = ()
+    error: str | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """The answer to one action. `reward` belongs to that turn; `info["flags"]` become the turn's flags."""
+
+    observation: Observation
+    reward: float = 0.0
+    done: bool = False
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Env(Protocol):
+    async def reset(self, task: Task) -> Observation: ...
+
+    async def step(self, action: Action) -> Step: ...
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """A task source that can also show how a task is done; SFT plays its messages through the episode loop."""
+
+    def demonstrate(self, task: Task, rng: random.Random, guess: bool) -> Iterator[Message]:
+        """Assistant messages for a task, in order. `guess`: the low-quality kind found in logs."""
+        ...
+
+
+_BUILT_IN = {
+    "calculator": "rl.envs.calculator.Calculator",
+    "reasoning_gym": "rl.envs.reasoning.ReasoningGym",
+    "rows": "rl.envs.rows.Rows",
+}
+
+
+def load_object(path: str) -> Any:
+    """The object at a dotted path.
+
+    Raises ValueError with the part that could not be found.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"{path!r} is not a dotted path like package.module.name")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module!r} of {path!r}: {error}. Is its folder on PYTHONPATH?") from error
+    if not hasattr(found, name):
+        raise ValueError(f"module {module!r} has no {name!r}")
+    return getattr(found, name)
+
+
+class World:
+    """An environment family under one configuration: its tasks, its demonstrations, and fresh environments."""
+
+    def __init__(self, config: EnvConfig, seed: int):
+        path = config.path if isinstance(config, CustomEnvConfig) else _BUILT_IN[config.name]
+        self._cls: Any = load_object(path)
+        self.settings: Any = dict(config.args) if isinstance(config, CustomEnvConfig) else config
+        self.source: TaskSource = self._cls.tasks(self.settings, seed)
+        self.default_reward: str | None = getattr(self._cls, "reward", None)
+
+    def env(self) -> Env:
+        return self._cls(self.settings)

@@ -1,0 +1,160 @@
+"""One task played to its end. The only episode loop: training, evaluation and serving all call `run_episode`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rl.chat import ChatCodec
+from rl.env import Env, Message
+from rl.policy import Policy, Sampling
+from rl.task import Task, derive_seed
+
+
+class StopReason(StrEnum):
+    DONE = "done"
+    MAX_TURNS = "max_turns"
+    MAX_TOKENS = "max_tokens"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which episode this is. `sample` numbers the episodes of one task, `attempt` the times it was played again."""
+
+    stage: int
+    step: int
+    task: str
+    sample: int = 0
+    attempt: int = 0
+
+    @property
+    def session(self) -> str:
+        return f"{self.stage}/{self.step}/{self.task}/{self.sample}"
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """A task to play `samples` times: the group that shares a baseline."""
+
+    stage: int
+    step: int
+    task: Task
+    samples: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_turns: int
+    max_length: int
+    """Tokens of a whole episode, prompt and observations included."""
+
+
+@dataclass
+class Turn:
+    """One model message and the observation that answered it.
+
+    For a turn that sampled N tokens: token_ids, logprobs and versions have length N. `supplied_end` says that the
+    turn was cut short and its end-of-turn token was supplied; that token is in the context but is not trained on.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    versions: Sequence[int]
+    supplied_end: bool
+    text: str
+    reward: float = 0.0
+    flags: tuple[str, ...] = ()
+    observation: Sequence[Message] = ()
+    observation_ids: Sequence[int] = ()
+    seed: int = 0
+
+
+@dataclass
+class Episode:
+    identity: Identity
+    task: Task
+    prompt: Sequence[Message]
+    prompt_ids: Sequence[int]
+    end_of_turn: int
+    turns: list[Turn] = field(default_factory=list)
+    stop_reason: StopReason = StopReason.MAX_TURNS
+    duration_s: float = 0.0
+
+    @property
+    def final_text(self) -> str:
+        return self.turns[-1].text if self.turns else ""
+
+    @property
+    def turn_reward(self) -> float:
+        """The sum of what the environment itself gave."""
+        return sum(turn.reward for turn in self.turns)
+
+    @property
+    def context_ids(self) -> list[int]:
+        """The tokens of the episode so far, exactly as the model saw and sampled them."""
+        ids = list(self.prompt_ids)
+        for turn in self.turns:
+            ids += turn.token_ids
+            if turn.supplied_end:
+                ids.append(self.end_of_turn)
+            ids += turn.observation_ids
+        return ids
+
+
+async def run_episode(
+    env: Env,
+    task: Task,
+    policy: Policy,
+    codec: ChatCodec,
+    *,
+    sampling: Sampling,
+    limits: Limits,
+    identity: Identity,
+    seed: int = 0,
+) -> Episode:
+    """Play `task` in `env` with `policy` until the environment says done or a limit is reached.
+
+    The sampling seed of a turn is a function of (seed, task, sample, turn). Raises what the environment or the
+    policy raise; the environment is closed in every case.
+    """
+    started = time.perf_counter()
+    try:
+        observation = await env.reset(task)
+        context = codec.prompt(observation.messages, observation.tools)
+        episode = Episode(identity, task, observation.messages, list(context), codec.end_of_turn)
+        while len(episode.turns) < limits.max_turns:
+            room = limits.max_length - len(context)
+            if room < 1:
+                episode.stop_reason = StopReason.MAX_TOKENS
+                break
+            turn_seed = derive_seed(seed, task.id, identity.sample, len(episode.turns))
+            asked = sampling.with_(
+                seed=turn_seed, max_tokens=min(sampling.max_tokens, room), stop=(codec.end_of_turn, *sampling.stop)
+            )
+            completion = await policy.act(context, asked, identity.session)
+            cut = completion.finish_reason == "length"
+            action = codec.action(completion.token_ids, truncated=cut)
+            turn = Turn(
+                completion.token_ids, completion.logprobs, completion.versions, cut, action.text, seed=turn_seed
+            )
+            context += [*completion.token_ids, *([codec.end_of_turn] if cut else [])]
+            episode.turns.append(turn)
+            step = await env.step(action)
+            turn.reward = step.reward
+            turn.flags = (*(["truncated"] if cut else []), *step.info.get("flags", ()))
+            if step.done:
+                episode.stop_reason = StopReason.DONE
+                break
+            seen = codec.observation(step.observation.messages)
+            turn.observation = step.observation.messages
+            if len(context) + len(seen) >= limits.max_length:
+                episode.stop_reason = StopReason.MAX_TOKENS
+                break
+            if len(episode.turns) < limits.max_turns:
+                turn.observation_ids = seen
+                context += seen
+        episode.duration_s = time.perf_counter() - started
+        return episode
+    finally:
+        await env.close()

@@ -1,0 +1,44 @@
+"""Scoring a finished episode: rule rewards, and how their parts add up."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rl.episode import Episode, StopReason
+from rl.task import Task
+
+RewardFunction = Callable[[Task, Episode], float | Mapping[str, float]]
+"""A rule: the score of an episode, or its named parts. Pure; may be called again after a failure."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """`parts` are logged by name; `total` is their sum plus what the environment gave turn by turn."""
+
+    total: float
+    parts: Mapping[str, float]
+
+    @staticmethod
+    def of(function: RewardFunction, episode: Episode) -> "Score":
+        """Raises ValueError when the rule returns something that is not a finite number."""
+        result = function(episode.task, episode)
+        parts = dict(result) if isinstance(result, Mapping) else {"outcome": result}
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in parts.values()):
+            name = getattr(function, "__name__", function)
+            raise ValueError(f"the reward function {name} returned {result!r}: expected a finite number")
+        parts = {k: float(v) for k, v in parts.items()}
+        return Score(sum(parts.values()) + episode.turn_reward, parts)
+
+
+def final_answer(task: Task, episode: Episode) -> float:
+    """1 when the episode ended with an answer, and that answer is the ground truth to the letter."""
+    return float(episode.stop_reason == StopReason.DONE and episode.final_text.strip() == task.answer)
+
+
+def math_answer(task: Task, episode: Episode) -> float:
+    """1 when the final message's last mathematical expression equals the ground truth (by math-verify)."""
+    from math_verify import parse, verify
+
+    if episode.stop_reason != StopReason.DONE:
+        return 0.0
+    return float(verify(parse(task.answer), parse(episode.final_text)))

@@ -1,0 +1,108 @@
+"""Named tensors -> buckets of bytes with checksums, and back.
+
+A bucket is one uint8 array holding whole tensors at aligned offsets. It crosses processes as a numpy array (bf16 has
+no numpy type, bytes have), and is read back without a copy.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from rl.model import DTYPES
+
+_ALIGNMENT = 64
+
+
+class ChecksumError(RuntimeError):
+    """A bucket's bytes are not those that were published."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    entries: tuple[Entry, ...]
+    nbytes: int
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a weight version consists of.
+
+    step: the learner's optimizer step it belongs to; probe: token ids of the probe sequence; probe_logprobs: float32
+    [len(probe) - 1], the learner's log-probs of it, which whoever loads the version must reproduce.
+    """
+
+    version: int
+    step: int
+    dtype: str
+    buckets: tuple[Bucket, ...]
+    probe: tuple[int, ...]
+    probe_logprobs: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.buckets)
+
+
+def plan_buckets(shapes: Mapping[str, Sequence[int]], dtype: str, bucket_bytes: int) -> list[Bucket]:
+    """Group tensors, in order, into buckets of at most `bucket_bytes` (or one tensor)."""
+    size = DTYPES[dtype].itemsize
+    buckets: list[Bucket] = []
+    entries: list[Entry] = []
+    offset = 0
+    for name, shape in shapes.items():
+        nbytes = int(np.prod(shape, dtype=np.int64)) * size
+        if entries and offset + nbytes > bucket_bytes:
+            buckets.append(Bucket(tuple(entries), offset))
+            entries, offset = [], 0
+        entries.append(Entry(name, tuple(shape), offset, nbytes))
+        offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    if entries:
+        buckets.append(Bucket(tuple(entries), offset))
+    return buckets
+
+
+def pack(bucket: Bucket, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray:
+    """The bucket's bytes, uint8 [nbytes], from parameters of any dtype on any device."""
+    packed = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+    for entry in bucket.entries:
+        target = packed[entry.offset : entry.offset + entry.nbytes].view(DTYPES[dtype]).view(entry.shape)
+        target.copy_(tensors[entry.name].detach())
+    return packed.numpy()
+
+
+def checksum(data: np.ndarray) -> str:
+    """xxh3 of the bytes, as 16 hex digits."""
+    return xxhash.xxh3_64_hexdigest(data.data)
+
+
+def unpack(bucket: Bucket, data: np.ndarray, dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) views into the bytes; nothing is copied, and the tensors must not be written to.
+
+    Raises ChecksumError when the bytes are not those that were published.
+    """
+    if bucket.checksum and checksum(data) != bucket.checksum:
+        raise ChecksumError(
+            f"the bucket that starts with {bucket.entries[0].name} arrived with other bytes than were published"
+        )
+    with warnings.catch_warnings():
+        # Arrays from the object store are read-only; torch has no such notion and warns for every one.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        whole = torch.from_numpy(data)
+    for entry in bucket.entries:
+        part = whole[entry.offset : entry.offset + entry.nbytes]
+        yield entry.name, part.view(DTYPES[dtype]).view(entry.shape)
+
