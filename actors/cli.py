@@ -58,7 +58,9 @@ def evaluate(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="Also say what this machine lacks for this configuration")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="Also say what this machine lacks for this configuration")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check this machine, and what it lacks for a configuration. Exits with 1 when something is missing.
@@ -76,9 +78,13 @@ def doctor(
 def view(
     run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")],
     episodes: Annotated[int, typer.Option(help="How many episodes to show.")] = 3,
-    success: Annotated[bool | None, typer.Option("--success/--failure", help="Only episodes that did, or did not.")] = None,
+    success: Annotated[
+        bool | None, typer.Option("--success/--failure", help="Only episodes that did, or did not.")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Only episodes of this step of their stage.")] = None,
-    flag: Annotated[str | None, typer.Option(help="Only episodes with a turn so flagged (tool_error, truncated).")] = None,
+    flag: Annotated[
+        str | None, typer.Option(help="Only episodes with a turn so flagged (tool_error, truncated).")
+    ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show every token with mask, log-prob and version.")] = False,
 ) -> None:
     """Show a run: its evaluations, its curve, and its episodes turn by turn.

@@ -175,6 +175,7 @@ class Controller(Role):
                 with self._timed("reference"), self._working("reference"):
                     references = await company.reference_logprobs(refs, temperature)
             metrics: dict[str, float] = {}
+            slowest = None
             with self._timed("update"), self._working("learner"):
                 await company.time_share("learn")
                 places = [(g, s) for g in range(len(groups)) for s in range(algo.group_size)]
@@ -190,6 +191,7 @@ class Controller(Role):
                     )
                     sums, slowest = await company.rl_step((index, step, update), batch, self._lr(stage, step))
                     metrics = to_metrics(sums)
+            assert slowest is not None, "a batch has at least one mini-batch"
             self._state = replace(self._state, cursor=tasks.cursor)
             await self._publish()
             await written

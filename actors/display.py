@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +35,7 @@ class Display:
 
     def update(self, status: Status) -> None:
         for message in status.messages[self._said :]:
-            self._console.print(f"[yellow]![/] {message}", highlight=False)
+            self._console.print(f"[yellow]![/] {escape(message)}", highlight=False, soft_wrap=True)
         self._said = len(status.messages)
         if self._live:
             self._live.update(self._panel(status))

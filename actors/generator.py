@@ -66,7 +66,7 @@ class Generator(Role):
 
     async def start(self) -> int:
         """Catch up with the store; a generator that starts late or again serves the newest version. Returns it."""
-        newest = await ray.get_actor(self._store, namespace=self._namespace).newest.remote()
+        newest = await self._weights().newest.remote()
         if newest is not None and newest != self._engine.version:
             await self.load(newest)
         return self._engine.version
@@ -82,7 +82,7 @@ class Generator(Role):
         """
         self._calls["load"] += 1
         started = time.perf_counter()
-        store = ray.get_actor(self._store, namespace=self._namespace)
+        store = self._weights()
         manifest = await store.pin.remote(version)
         try:
             where = {"store": self._store, "namespace": self._namespace, "version": version}
@@ -99,10 +99,13 @@ class Generator(Role):
         if not mean <= bound:
             raise WeightSyncError(
                 f"after loading weight version {version} the generator's log-probs of the probe sequence differ from "
-                f"the learner's by {mean:.3g} on average (largest {largest:.3g}), above weights.probe_bound = {bound:g}: "
-                "the engine does not compute with the weights that were published"
+                f"the learner's by {mean:.3g} on average (largest {largest:.3g}), above "
+                f"weights.probe_bound = {bound:g}: the engine does not compute with the weights that were published"
             )
         return Loaded(version, loaded - started, time.perf_counter() - loaded, mean, largest)
+
+    def _weights(self) -> Any:
+        return ray.get_actor(self._store, namespace=self._namespace)
 
     async def sleep(self) -> None:
         await asyncio.wrap_future(self._engine.sleep())

@@ -1,7 +1,9 @@
 """From a configuration to a running controller, watched by a progress display, to the closing table."""
 
 import os
+import re
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
     import ray
+    from ray.exceptions import RayActorError, RayTaskError
 
     from actors.display import Display
 
@@ -43,9 +46,9 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
                 if ready:
                     break
         ray.get(finished)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise ConfigError(_cause(error, folder)) from None
-    except ray.exceptions.RayActorError as error:
+    except RayActorError as error:
         raise ConfigError(f"the controller died: {error}\nThe run's log: {folder / 'logs' / 'run.log'}") from None
     finally:
         ray.shutdown()
@@ -60,22 +63,26 @@ def _start_controller(config: Config, folder: Path, device: str, resume: bool) -
     from actors.controller import Controller
     from actors.role import bound_threads
 
-    actor = ray.remote(Controller).options(
+    actor: Any = ray.remote(Controller)
+    actor = actor.options(
         num_cpus=0, max_concurrency=100, runtime_env={"env_vars": {**bound_threads(1), "WANDB_SILENT": "true"}}
     )
     controller = actor.remote(config, str(folder), device, f"{NAMESPACE}-{folder.name}-{time.time_ns()}", resume)
     return controller, controller.run.remote()
 
 
-def connect(device: str) -> None:
+def connect() -> None:
     """Attach to RAY_ADDRESS, or start a cluster of our own."""
     import ray
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
-    if os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address:
+        reachable = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
+        if reachable:  # Ray itself tries for minutes
+            socket.create_connection((reachable[1], int(reachable[2])), timeout=5).close()
         ray.init(**common)
     else:
         ray.init(address="local", include_dashboard=False, **common)

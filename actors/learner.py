@@ -147,7 +147,8 @@ class LearnerRank(Role):
         if c.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            optimizer: Any = DeepSpeedCPUAdam(scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay)
+            adam: Any = DeepSpeedCPUAdam
+            optimizer: Any = adam(scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay)
         else:
             optimizer = torch.optim.AdamW(scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay)
         engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=deepspeed_config(self._config))

@@ -54,7 +54,8 @@ def check(config: Config, cpus: float, gpus: float) -> list[Demand]:
         each = "\n".join(f"  {d}" for d in wanted)
         raise ClusterTooSmall(
             f"the roles want {want_cpus:g} CPUs and {want_gpus:g} GPUs, and the cluster has {cpus:g} CPUs and {gpus:g} "
-            f"GPUs:\n{each}\nLower <role>.count, <role>.cpus or <role>.gpus, or attach to a larger cluster (RAY_ADDRESS)"
+            f"GPUs:\n{each}\n"
+            "Lower <role>.count, <role>.cpus or <role>.gpus, or attach to a larger cluster (RAY_ADDRESS)"
         )
     return wanted
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from actors.footprint import Size, model_size
 from rl import checkpoint
 from rl.config import Config, SftStage
 from rl.config_file import ConfigError
-
-_SCRATCH_BYTES = 64 << 20
 
 
 def preflight(config: Config, console: Console, *, resume: bool) -> str:
@@ -17,10 +16,12 @@ def preflight(config: Config, console: Console, *, resume: bool) -> str:
     check_run_folder(config, resume)
     with console.status("checking the model, the environment and the cluster"):
         device = choose_device(config)
-        size = check_model(config)
+        check_model(config)
         check_world(config)
-        check_disk(config, size)
-        check_cluster(config, device)
+        size = model_size(config)
+        if size is not None:
+            check_disk(config, size)
+        check_cluster(config)
     return device
 
 
@@ -48,10 +49,10 @@ def choose_device(config: Config) -> str:
     return device
 
 
-def check_model(config: Config) -> int:
-    """The model's bytes on disk. Raises ConfigError when it is missing or its chat template cannot be used."""
+def check_model(config: Config) -> None:
+    """Raises ConfigError when the model is missing or its chat template cannot be used."""
     if config.model.scratch is not None:
-        return _SCRATCH_BYTES
+        return
     from rl.chat import ChatCodec, TemplateError
     from rl.pretrained import ModelNotFound, find_model, load_tokenizer
 
@@ -63,7 +64,6 @@ def check_model(config: Config) -> int:
             find_model(config.reference.source)
     except (ModelNotFound, TemplateError) as error:
         raise ConfigError(str(error)) from None
-    return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
 
 
 def check_world(config: Config) -> None:
@@ -92,9 +92,9 @@ def check_world(config: Config) -> None:
         raise ConfigError(str(error)) from None
 
 
-def check_disk(config: Config, model_bytes: int) -> None:
+def check_disk(config: Config, size: Size) -> None:
     """A checkpoint is weights plus two fp32 moments and, in bf16, fp32 master weights."""
-    each = model_bytes * (7 if config.learner_dtype == "bfloat16" else 3)
+    each = size.parameters * (14 if config.learner_dtype == "bfloat16" else 12)
     wanted = each * (config.run.keep_checkpoints + 2)
     root = Path(config.run.root).resolve()
     while not root.exists():
@@ -107,14 +107,14 @@ def check_disk(config: Config, model_bytes: int) -> None:
         )
 
 
-def check_cluster(config: Config, device: str) -> None:
+def check_cluster(config: Config) -> None:
     import ray
 
     from actors.launch import connect
     from actors.placement import ClusterTooSmall, check
 
     try:
-        connect(device)
+        connect()
     except Exception as error:
         raise ConfigError(f"cannot reach or start Ray: {error}") from None
     total = ray.cluster_resources()

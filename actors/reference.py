@@ -1,4 +1,4 @@
-"""Reference actors: log-probs under frozen weights, batched by tokens. Stateless but for the weights they were given."""
+"""Reference actors: log-probs under frozen weights, batched by tokens. Rebuilt from a folder."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,6 @@
 """Rollout workers: play episodes against the generators, and demonstrate tasks for SFT."""
 
 import asyncio
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,8 +88,11 @@ class RolloutWorker(Role):
         return encode_rows(path, self._codec, self._config.model.max_length)
 
     async def probe(self, length: int) -> list[int]:
-        """Token ids of the weight probe: a held-out task's prompt, then seeded ids from the whole vocabulary."""
-        observation = await self._world.env().reset(self._world.source.task("held_out", 0))
-        ids = self._codec.prompt(observation.messages, observation.tools)[: length // 2]
-        rng = random.Random(0)
-        return [*ids, *(rng.randrange(self._codec.vocabulary) for _ in range(length - len(ids)))]
+        """Token ids of the weight probe: held-out prompts, one after the other, as a model would meet them."""
+        ids: list[int] = []
+        for index in range(length):
+            observation = await self._world.env().reset(self._world.source.task("held_out", index))
+            ids += self._codec.prompt(observation.messages, observation.tools)
+            if len(ids) >= length:
+                break
+        return ids[:length]

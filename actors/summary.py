@@ -1,6 +1,7 @@
 """What a finished run tells: its evaluations, one task before and after, and where everything lies."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.table import Table
 
 from rl.metrics import read_lines
 from rl.trajectory import read_parquet
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def show_summary(run: Path, console: Console) -> None:
@@ -61,7 +64,12 @@ def show_messages(row: dict[str, Any], console: Console) -> None:
     """A conversation, a line a message."""
     for message in json.loads(row["messages"]):
         content = message["content"] if isinstance(message["content"], str) else json.dumps(message["content"])
-        console.print(f"  [cyan]{message['role']:>9}[/]  {escape(content)}", highlight=False, soft_wrap=True)
+        console.print(f"  [cyan]{message['role']:>9}[/]  {escape(printable(content))}", highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Control and direction characters spelled out: what a model says must not steer the terminal."""
+    return _UNPRINTABLE.sub(lambda m: f"\\u{ord(m[0]):04x}" if ord(m[0]) > 255 else f"\\x{ord(m[0]):02x}", text)
 
 
 def _episodes(run: Path, evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ class _Probe:
 _PROBES = (
     _Probe("rewrites", "one 1", "rewrites earlier assistant turns"),
     _Probe("whitespace", " \n one 1 \n ", "strips whitespace from earlier assistant turns"),
+    _Probe("whitespace", "\n one 1 \n", "strips whitespace from earlier assistant turns"),
     _Probe("reasoning", "<think>two</think>one 1", "strips reasoning from earlier assistant turns"),
 )
 
@@ -50,24 +51,23 @@ class ChatCodec:
         if not getattr(tokenizer, "chat_template", None):
             raise TemplateError("the tokenizer has no chat template. Set model.path to a chat model")
         self._tokenizer = tokenizer
-        self.vocabulary = len(tokenizer)
         self._native_tools = self._shows_tools()
         self._native_tool_role = self._shows_tool_role()
         self._native_calls = self._shows_calls()
         suffix = self._after_reply([{"role": "user", "content": "go on"}])
         self.end_of_turn: int = self._encode(suffix)[0]
         self._end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
-        if not suffix.startswith(self._end_text) or self.end_of_turn not in tokenizer.all_special_ids:
+        if not suffix.startswith(self._end_text) or not self._is_special(self.end_of_turn):
             raise TemplateError(
                 f"the template ends an assistant turn with {suffix[:20]!r}, which is not one special token of the "
                 "tokenizer: where a sampled turn ends cannot be told from its tokens"
             )
         self.refused = self._verify()
         if self.refused and not (keep_sampled_turns and self.refused[0].name != "rewrites"):
+            says = "; ".join(dict.fromkeys(p.says for p in self.refused))
             raise TemplateError(
-                f"the chat template {'; '.join(p.says for p in self.refused)}: the tokens of later turns would not be "
-                "the ones that were sampled. Use another template, or set model.keep_sampled_turns=true to keep "
-                "every turn in the context as it was sampled"
+                f"the chat template {says}: the tokens of later turns would not be the ones that were sampled. "
+                "Use another template, or set model.keep_sampled_turns=true to keep every turn as it was sampled"
             )
 
     # -- encoding ------------------------------------------------------------------------------------------------
@@ -78,8 +78,6 @@ class ChatCodec:
 
     def observation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids between the end-of-turn token of one assistant turn and the start of the next one."""
-        if not messages:
-            return []
         return self._encode(self._after_reply(messages)[len(self._end_text) :])
 
     def reply(self, message: Message) -> list[int]:
@@ -131,9 +129,21 @@ class ChatCodec:
             return {"role": "assistant", "content": self.reply_text(message)}
         return message
 
+    def _is_special(self, token: int) -> bool:
+        """Named as special by the tokenizer, or marked so in its vocabulary only (Gemma 3, Phi 3)."""
+        added = self._tokenizer.added_tokens_decoder.get(token)
+        return token in self._tokenizer.all_special_ids or (added is not None and added.special)
+
     def _after_reply(self, messages: Sequence[Message]) -> str:
         opening = [{"role": "user", "content": "go"}, {"role": "assistant", "content": _REPLY}]
-        return self._render([*opening, *messages], (), generation_prompt=True).split(_REPLY)[1]
+        try:
+            text = self._render([*opening, *messages], (), generation_prompt=True)
+        except Exception as error:
+            raise TemplateError(f"the chat template fails on a question and an answer: {error}") from error
+        _, found, after = text.partition(_REPLY)
+        if not found:
+            raise TemplateError("the chat template rewrites earlier assistant turns: use another template")
+        return after
 
     def _shows(self, messages: list[Message], word: str, tools: Any = None) -> bool:
         try:
@@ -182,7 +192,10 @@ class ChatCodec:
 
 def format_call(function: Mapping[str, Any]) -> str:
     """A tool call as text, in the form that Hermes, Qwen and others share."""
-    return f'{_OPEN}{{"name": "{function["name"]}", "arguments": {json.dumps(dict(function["arguments"]), ensure_ascii=False)}}}{_CLOSE}'
+    arguments = function["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
+    shown = json.dumps(arguments, ensure_ascii=False)
+    return f'{_OPEN}{{"name": "{function["name"]}", "arguments": {shown}}}{_CLOSE}'
 
 
 def parse_calls(text: str) -> tuple[tuple[ToolCall, ...], str | None]:
@@ -196,6 +209,7 @@ def parse_calls(text: str) -> tuple[tuple[ToolCall, ...], str | None]:
     for block in blocks:
         try:
             call = json.loads(block)
+            json.dumps(call, ensure_ascii=False).encode()  # an escaped lone surrogate is JSON, but no text
         except (ValueError, RecursionError):
             return (), "malformed call: not JSON"
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):

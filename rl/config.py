@@ -16,7 +16,7 @@ class Strict(BaseModel):
 
 
 class RunConfig(Strict):
-    name: str = Field("run", pattern=r"^[\w.\-=]+$")
+    name: str = Field(default="run", pattern=r"^[\w.\-=]+$")
     root: str = "runs"
     seed: int = 0
     overwrite: bool = False
@@ -34,7 +34,16 @@ class ScratchModel(Strict):
     hidden: PositiveInt = 128
     heads: PositiveInt = 4
     intermediate: PositiveInt = 352
-    vocabulary: int = Field(512, ge=300)
+    vocabulary: int = Field(default=512, ge=300)
+
+    @model_validator(mode="after")
+    def _head_size(self) -> "ScratchModel":
+        if self.hidden % (32 * self.heads):
+            raise ValueError(
+                f"hidden {self.hidden} over {self.heads} heads: vLLM's attention needs heads of 32, 64, 96 ... each. "
+                f"Use hidden = {32 * self.heads}, or fewer heads"
+            )
+        return self
 
 
 class ModelConfig(Strict):
@@ -62,7 +71,7 @@ class CalculatorConfig(Strict):
     min_operations: PositiveInt = 2
     max_operations: PositiveInt = 4
     max_digits: PositiveInt = 4
-    operators: str = Field("+-", pattern=r"^[+\-*]+$")
+    operators: str = Field(default="+-", pattern=r"^[+\-*]+$")
     max_turns: PositiveInt = 8
 
     @model_validator(mode="after")
@@ -117,17 +126,17 @@ class Role(Strict):
     """What one actor of a role may use: `cpus` and `gpus` are Ray's shares, `threads` bounds its thread pools."""
 
     count: PositiveInt = 1
-    cpus: float = Field(0.25, ge=0)
-    gpus: float = Field(0.0, ge=0)
+    cpus: float = Field(default=0.25, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     threads: PositiveInt = 1
 
 
 class GeneratorConfig(Role):
-    cpus: float = Field(0.5, ge=0)
+    cpus: float = Field(default=0.5, ge=0)
     threads: PositiveInt = 2
     dtype: Dtype | None = None
     tensor_parallel: PositiveInt = 1
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     kv_cache_gib: PositiveInt = 1
     max_sequences: PositiveInt = 128
     enforce_eager: bool | None = None
@@ -136,12 +145,12 @@ class GeneratorConfig(Role):
 
 
 class RolloutConfig(Role):
-    cpus: float = Field(0.1, ge=0)
+    cpus: float = Field(default=0.1, ge=0)
     episodes_in_flight: PositiveInt = 256
     max_turn_tokens: PositiveInt = 64
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
 
 
 class ReferenceConfig(Role):
@@ -150,12 +159,12 @@ class ReferenceConfig(Role):
 
 
 class LearnerConfig(Role):
-    cpus: float = Field(0.5, ge=0)
+    cpus: float = Field(default=0.5, ge=0)
     threads: PositiveInt = 2
     dtype: Dtype | None = None
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_tokens: PositiveInt = 8192
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False
@@ -164,7 +173,7 @@ class LearnerConfig(Role):
 
 class WeightsConfig(Strict):
     bucket_mib: PositiveInt = 256
-    probe_bound: float | None = Field(None, gt=0)
+    probe_bound: float | None = Field(default=None, gt=0)
     """Largest mean |log-prob difference| of the probe, generator against learner. Default 1e-3 (fp32), 0.1 (bf16)."""
 
 
@@ -189,14 +198,14 @@ class Demonstrations(Strict):
 
     path: str | None = None
     count: PositiveInt = 8192
-    guess_fraction: float = Field(0.0, ge=0, le=1)
+    guess_fraction: float = Field(default=0.0, ge=0, le=1)
 
 
 class SftStage(Strict):
     kind: Literal["sft"]
     steps: PositiveInt
     batch_size: PositiveInt = 64
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine"] = "cosine"
     demonstrations: Demonstrations = Demonstrations()
@@ -205,16 +214,16 @@ class SftStage(Strict):
 class EvalStage(Strict):
     kind: Literal["eval"]
     n: PositiveInt = 200
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     greedy: bool = True
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     split: Literal["held_out", "train"] = "held_out"
 
 
 class KlConfig(Strict):
     """KL(policy || reference) in the loss; estimators after http://joschu.net/blog/kl-approx.html."""
 
-    coefficient: float = Field(0.0, ge=0)
+    coefficient: float = Field(default=0.0, ge=0)
     estimator: Literal["k1", "k2", "k3"] = "k3"
 
 
@@ -225,8 +234,8 @@ class GrpoConfig(Strict):
     group_size: PositiveInt = 8
     baseline: Literal["group_mean", "none"] = "group_mean"
     normalise: Literal["group_std", "none"] = "group_std"
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.28, gt=0)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.28, gt=0)
     kl: KlConfig = KlConfig()
     aggregation: Literal["token", "sequence", "fixed_length"] = "token"
     fixed_length: PositiveInt | None = None
@@ -250,7 +259,7 @@ class RlStage(Strict):
     kind: Literal["rl"]
     steps: PositiveInt
     tasks_per_step: PositiveInt = 32
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine"] = "constant"
     checkpoint_every: NonNegativeInt = 0

@@ -61,7 +61,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override: write key.sub=value, for example stages.1.steps=3")
     target: Any = data
-    parts = key.split(".")
+    parts: list[Any] = key.split(".")
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         if isinstance(target, list):
@@ -72,7 +72,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         elif not isinstance(target, dict):
             raise ConfigError(f"{key}: {'.'.join(parts[:i])} is a value, it has no settings below it")
         if last:
-            target[part] = yaml.safe_load(text)
+            try:
+                target[part] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
         elif isinstance(target, list):
             target = target[int(part)]
         else:
@@ -86,7 +89,9 @@ def _explain(error: Any, source: str, node: Any, overridden: list[str]) -> str:
     steps, parent = _setting(error["loc"])
     name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
     dotted = ".".join(map(str, steps))
-    if any(dotted == key or dotted.startswith(key + ".") for key in overridden):
+    # An override may name the faulty setting, one above it, or (when the fault is an unknown section) one below it.
+    below = error["type"] == "extra_forbidden"
+    if any(f"{dotted}.".startswith(f"{k}.") or (below and k.startswith(f"{dotted}.")) for k in overridden):
         where = "command line"
     else:
         line = _line(node, steps)

@@ -64,7 +64,8 @@ class LayerwiseTransfer(WeightTransferEngine):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        self.model.load_weights(self.tensors(update_info))
+        model: Any = self.model
+        model.load_weights(self.tensors(update_info))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -204,7 +205,7 @@ class Engine:
         return len(self._running) + len(self._held)
 
     def close(self) -> None:
-        self._send("close", None)
+        self._commands.put(("close", None))
         self._thread.join(timeout=30)
 
     def _send(self, kind: str, body: Any) -> None:

@@ -134,11 +134,14 @@ async def run_episode(
             )
             completion = await policy.act(context, asked, identity.session)
             cut = completion.finish_reason == "length"
-            action = codec.action(completion.token_ids, truncated=cut)
+            ids = completion.token_ids
+            ended = bool(ids) and ids[-1] == codec.end_of_turn  # another stop token does not close the turn
+            supplied = not ended and len(context) + len(ids) < limits.max_length
+            action = codec.action(ids, truncated=cut)
             turn = Turn(
-                completion.token_ids, completion.logprobs, completion.versions, cut, action.text, seed=turn_seed
+                completion.token_ids, completion.logprobs, completion.versions, supplied, action.text, seed=turn_seed
             )
-            context += [*completion.token_ids, *([codec.end_of_turn] if cut else [])]
+            context += [*completion.token_ids, *([codec.end_of_turn] if supplied else [])]
             episode.turns.append(turn)
             step = await env.step(action)
             turn.reward = step.reward

@@ -125,7 +125,9 @@ def optimizer_step(
         token_budget //= 2
     norm = trainer.step(lr)
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}: the run stops, its last checkpoint is intact. Lower the learning rate")
+        raise FloatingPointError(
+            f"the gradient's norm is {norm}: the run stops, its last checkpoint is intact. Lower the learning rate"
+        )
     return {**sums, "actor/grad_norm/max": norm}, token_budget
 
 

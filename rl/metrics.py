@@ -25,10 +25,10 @@ def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]],
     flags = Counter(flag for s in summaries for flag in set(s.flags))
     parts = {name for s in scores for name in s.parts}
     return {
+        **{f"reward/{p}": sum(s.parts.get(p, 0.0) for s in scores) / n for p in sorted(parts)},
         "reward/mean": mean,
         "reward/std": math.sqrt(sum((s.total - mean) ** 2 for s in scores) / n),
         "reward/success": sum(s.total >= success_at for s in scores) / n,
-        **{f"reward/{p}": sum(s.parts.get(p, 0.0) for s in scores) / n for p in sorted(parts)},
         "reward/zero_variance_groups": sum(len({s.total for s in score}) == 1 for _, score in groups)
         / max(1, len(groups)),
         "response_length/mean": sum(s.sampled_tokens for s in summaries) / n,
@@ -66,7 +66,8 @@ class Sinks:
     def evaluation(self, line: Mapping[str, Any]) -> None:
         self._append("eval.jsonl", line)
         if self._wandb:
-            values = {f"eval/{k}": line[k] for k in ("success", "success_greedy", "mean_turns") if line.get(k) is not None}
+            names = [k for k in ("success", "success_greedy", "mean_turns") if line.get(k) is not None]
+            values = {f"eval/{k}": line[k] for k in names}
             self._wandb.log(values, step=int(line["step"]))
 
     def episodes(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -74,13 +75,13 @@ class Sinks:
         if self._wandb and rows:
             import wandb
 
-            columns = ["step", "task", "reward", "success", "stop_reason", "messages"]
+            columns: list[Any] = ["step", "task", "reward", "success", "stop_reason", "messages"]
             table = wandb.Table(columns=columns, data=[[step, *(r[c] for c in columns[1:])] for r in rows])
             self._wandb.log({"episodes": table}, step=step)
 
     def close(self) -> None:
         if self._wandb:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -89,7 +90,9 @@ class Sinks:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The whole lines of a file: a process that was killed while writing may have left a part of one."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def forget_after(run: Path, step: int) -> None:

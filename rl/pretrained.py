@@ -97,7 +97,8 @@ def _from_package(spec: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # transformers below 5.19 leaves it there
+        delattr(model.config, "quantization_config")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
     if target.exists():

@@ -13,10 +13,12 @@ def group_advantages(rewards_G: Tensor, *, baseline: str, normalise: str) -> Ten
     deviation (G - 1), as TRL computes it. baseline: group_mean | none; normalise: group_std | none (Dr. GRPO,
     https://arxiv.org/abs/2503.20783, leaves the division out).
     """
-    centred_G = rewards_G - rewards_G.mean() if baseline == "group_mean" else rewards_G
+    # In float64 the mean of equal float32 rewards is that reward: no rounding for the division to blow up.
+    exact_G = rewards_G.double()
+    centred_G = exact_G - exact_G.mean() if baseline == "group_mean" else exact_G
     if normalise == "group_std":
-        return centred_G / (rewards_G.std() + EPSILON)
-    return centred_G
+        centred_G = centred_G / (exact_G.std() + EPSILON)
+    return centred_G.to(rewards_G.dtype)
 
 
 def batch_advantages(rewards_BG: Tensor, *, baseline: str, normalise: str) -> Tensor:

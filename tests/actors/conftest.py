@@ -1,0 +1,64 @@
+"""One small run of the whole system a session, made by the command itself, and looked at by many tests."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+
+SMALL = [
+    "model.scratch.layers=2",
+    "model.scratch.hidden=64",
+    "model.scratch.heads=2",
+    "model.max_length=200",
+    "rollout.temperature=0.7",
+    "rollout.max_turn_tokens=24",
+    "reward.function=own_reward.digits",
+    "reward.success_at=0.5",
+    "stages.0.n=8",
+    "stages.1.steps=12",
+    "stages.1.batch_size=16",
+    "stages.1.demonstrations.count=64",
+    "stages.2.n=8",
+    "stages.3.steps=3",
+    "stages.3.tasks_per_step=8",
+    "stages.3.lr=1e-3",
+    "stages.3.algo.group_size=4",
+    "stages.3.algo.mini_batches=2",
+    "stages.4.n=8",
+]
+"""The quickstart in small: every role, every stage, two optimizer steps a batch, a temperature that is not 1."""
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    output: str
+
+
+def repertory(*arguments: str, timeout: int = 400) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, with this folder's modules importable."""
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "repertory"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("runs")
+    done = repertory(
+        "train", "configs/quickstart.yaml", f"run.root={root}", "run.name=small", "logging.wandb.mode=offline", *SMALL
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Run(root / "small", done.stdout)

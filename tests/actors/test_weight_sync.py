@@ -1,0 +1,99 @@
+"""Weights through the object store: owned by the store, proven by log-probs, and alive after the learner's death."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import ray
+
+from actors.generator import Generator
+from actors.learner import LearnerRank
+from actors.role import bound_threads
+from actors.weight_store import WeightStore
+from rl.env import World
+from rl.pretrained import prepare_model
+
+NAMESPACE = "test-weights"
+PROBE = list(range(3, 90))
+
+
+class StaleHeadGenerator(Generator):
+    """The planted fault: the output head keeps computing with its packed copy of the old tied embedding."""
+
+    async def open(self, model_path: str) -> None:
+        import rl.engine
+
+        rl.engine.refresh_tied_head = lambda model: None
+        await super().open(model_path)
+
+
+def environment(threads: int = 1) -> dict:
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    return {"env_vars": {**bound_threads(threads), "PYTHONPATH": path}}
+
+
+@pytest.fixture(scope="module")
+def parts(ray_cluster, quickstart_config, tmp_path_factory):
+    """A store, a learner and what it takes to make generators; the learner has trained nothing yet."""
+    small = ("model.scratch.layers=2", "model.scratch.hidden=64", "model.scratch.heads=2")
+    config = quickstart_config(*small, "weights.bucket_mib=1")
+    model = str(prepare_model(config.model, World(config.env, 0), 0, tmp_path_factory.mktemp("m") / "m"))
+    store = ray.remote(WeightStore).options(name="store", namespace=NAMESPACE, num_cpus=0).remote()
+    learner = ray.remote(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
+    host, port = ray.get(learner.address.remote())
+    ray.get(learner.open.remote(model, PROBE, host, port))
+    return config, model, store, learner
+
+
+def make_generator(cls, config, model):
+    generator = (
+        ray.remote(cls)
+        .options(num_cpus=0, max_concurrency=64, runtime_env=environment())
+        .remote(config, "cpu", "store", NAMESPACE)
+    )
+    ray.get(generator.open.remote(model))
+    return generator
+
+
+def perturb(rank, scale: float) -> None:
+    """Stands for training: move the learner's weights, far enough for a stale tensor to show."""
+    import torch
+
+    def move(self):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in self._scorer.lm.parameters():
+                p.add_(scale * torch.randn_like(p))
+
+    ray.get(rank.__ray_call__.remote(move))
+
+
+def test_a_version_outlives_its_learner_and_faults_are_caught(parts):
+    config, model, store, learner = parts
+    perturb(learner, 0.05)
+    published = ray.get(store.publish.remote(0, 0, [learner]))
+    manifest = ray.get(store.manifest.remote(0))
+    assert published.nbytes == manifest.nbytes and all(b.checksum for b in manifest.buckets)
+
+    pid = ray.get(learner.status.remote())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(learner.status.remote())
+
+    late = make_generator(Generator, config, model)
+    assert ray.get(late.start.remote()) == 0
+    scored = ray.get(late.score.remote(PROBE))
+    assert np.abs(scored - manifest.probe_logprobs).max() < 1e-4
+
+    stale = make_generator(StaleHeadGenerator, config, model)
+    with pytest.raises(ray.exceptions.RayTaskError, match=r"weight version 0.*probe.*weights\.probe_bound"):
+        ray.get(stale.start.remote())
+
+
+def test_version_numbers_are_never_reused(parts):
+    store = parts[2]
+    with pytest.raises(ray.exceptions.RayTaskError, match="not reused"):
+        ray.get(store.publish.remote(0, 0, []))
+    with pytest.raises(ray.exceptions.RayTaskError, match="not in the store"):
+        ray.get(store.manifest.remote(7))

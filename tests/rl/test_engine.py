@@ -1,0 +1,171 @@
+"""The engine against independent forward passes: what it says it sampled from, and what a swap does."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rl.engine
+from rl.engine import Engine, EngineOptions
+from rl.env import World
+from rl.model import TokenScorer, load_causal_lm, sequence_logprobs
+from rl.policy import Sampling
+from rl.pretrained import prepare_model
+
+PROMPT = [1, 40, 50, 60, 70, 80, 2]
+GO_ON = Sampling(max_tokens=40, stop=())
+
+
+@pytest.fixture(scope="module")
+def folder(quickstart_config, tmp_path_factory) -> Path:
+    config = quickstart_config("model.scratch.layers=2", "model.scratch.hidden=64", "model.scratch.heads=2")
+    return prepare_model(config.model, World(config.env, 0), 0, tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    made = Engine(str(folder), EngineOptions(max_length=200, max_sequences=16))
+    yield made
+    made.close()
+
+
+class Models:
+    """The weights of each version, as plain transformers models."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def of(self, version: int):
+        lm = load_causal_lm(self._folder, "float32").eval()
+        if version:
+            generator = torch.Generator().manual_seed(version)
+            with torch.no_grad():
+                for p in lm.parameters():
+                    p.add_(0.05 * torch.randn(p.shape, generator=generator))
+        return lm
+
+    def update(self, version: int):
+        return [{"tensors": list(self.of(version).named_parameters())}]
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    return Models(folder)
+
+
+def distributions(lm, tokens: list[int], temperature: float) -> torch.Tensor:
+    """log-softmax rows for the token after each position, [T, V], double."""
+    with torch.no_grad():
+        return torch.log_softmax(lm(torch.tensor([tokens])).logits[0].double() / temperature, -1)
+
+
+def nucleus(row: torch.Tensor, top_p: float) -> torch.Tensor:
+    """log-probs renormalised over the smallest set of tokens that holds `top_p`."""
+    order = row.argsort(descending=True)
+    before = row[order].exp().cumsum(0) - row[order].exp()
+    kept = torch.full_like(row, -torch.inf)
+    kept[order[before < top_p]] = row[order[before < top_p]]
+    return torch.log_softmax(kept, -1)
+
+
+async def sample(engine: Engine, count: int, sampling: Sampling):
+    return await asyncio.gather(*(engine.generate(PROMPT, sampling.with_(seed=i)) for i in range(count)))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.9)])
+async def test_logprobs_are_of_the_distribution_sampled_from(engine, models, temperature, top_p):
+    lm = models.of(engine.version)
+    for completion in await sample(engine, 4, GO_ON.with_(temperature=temperature, top_p=top_p)):
+        rows = distributions(lm, [*PROMPT, *completion.token_ids], temperature)[len(PROMPT) - 1 : -1]
+        expected = [nucleus(row, top_p)[t].item() for row, t in zip(rows, completion.token_ids, strict=True)]
+        assert np.abs(np.asarray(expected) - completion.logprobs).max() < 1e-4
+
+
+async def test_a_seed_gives_the_same_tokens_in_any_company(engine):
+    alone = (await sample(engine, 1, GO_ON))[0]
+    crowd = (await sample(engine, 12, GO_ON))[0]
+    assert alone.token_ids == crowd.token_ids
+    assert len({tuple(c.token_ids) for c in await sample(engine, 12, GO_ON)}) == 12
+
+
+async def test_a_stop_token_ends_the_turn_and_stays_in_it(engine):
+    token = (await sample(engine, 1, GO_ON))[0].token_ids[3]
+    completion = (await sample(engine, 1, GO_ON.with_(stop=(token,))))[0]
+    assert completion.token_ids[-1] == token and completion.finish_reason == "stop"
+    assert (await sample(engine, 1, GO_ON.with_(max_tokens=3)))[0].finish_reason == "length"
+
+
+async def test_the_probe_score_is_an_independent_forward_pass(engine, models):
+    probe = list(range(3, 60))
+    scored = engine.score(probe).result()
+    expected = sequence_logprobs(TokenScorer(models.of(engine.version)), probe).numpy()
+    assert np.abs(scored - expected).max() < 1e-4
+
+
+def assert_each_token_is_of_its_version(models, completions):
+    for completion in completions:
+        tokens = [*PROMPT, *completion.token_ids]
+        versions = np.asarray(completion.versions)
+        assert (np.diff(versions) >= 0).all()
+        for version in set(completion.versions):
+            rows = distributions(models.of(version), tokens, 1.0)[len(PROMPT) - 1 : -1]
+            expected = rows[range(len(completion.token_ids)), list(completion.token_ids)].numpy()
+            assert np.abs(expected - completion.logprobs)[versions == version].max() < 1e-3
+
+
+async def test_drain_finishes_running_requests_on_the_old_weights(engine, models):
+    old, new = engine.version, engine.version + 1
+    running = [engine.submit(PROMPT, GO_ON.with_(seed=i)) for i in range(6)]
+    swapped = engine.load(new, models.update(new), "drain")
+    after = [engine.submit(PROMPT, GO_ON.with_(seed=i)) for i in range(6)]
+    first, second = [f.result() for f in running], [f.result() for f in after]
+    assert swapped.done()
+    assert {v for c in first for v in c.versions} == {old} and {v for c in second for v in c.versions} == {new}
+    assert_each_token_is_of_its_version(models, [*first, *second])
+    # The same prompt and seeds, served from a cache of the old weights, would have given the old tokens.
+    assert [c.token_ids for c in first] != [c.token_ids for c in second]
+
+
+async def test_continue_swaps_between_two_tokens_of_a_request_twice(engine, models):
+    start = engine.version
+    long = GO_ON.with_(max_tokens=150)
+    running = [engine.submit(PROMPT, long.with_(seed=i)) for i in range(6)]
+    for version in (start + 1, start + 2):
+        await asyncio.sleep(0.15)
+        await asyncio.wrap_future(engine.load(version, models.update(version), "continue"))
+    completions = [f.result() for f in running]
+    seen = {v for c in completions for v in c.versions}
+    assert seen == {start, start + 1, start + 2}, "the swaps fell outside the requests"
+    assert_each_token_is_of_its_version(models, completions)
+
+
+async def test_the_probe_catches_a_stale_tied_head(engine, models, monkeypatch):
+    """The planted fault: after a reload the head still computes with its packed copy of the old embedding."""
+    probe, version = list(range(3, 60)), engine.version + 1
+    expected = sequence_logprobs(TokenScorer(models.of(version)), probe).numpy()
+    with monkeypatch.context() as patched:
+        patched.setattr(rl.engine, "refresh_tied_head", lambda model: None)
+        engine.load(version, models.update(version), "drain").result()
+    assert np.abs(engine.score(probe).result() - expected).mean() > 1e-1
+    engine.load(version + 1, models.update(version), "drain").result()
+    assert np.abs(engine.score(probe).result() - expected).max() < 1e-4
+    engine.load(version + 2, models.update(version + 2), "drain").result()  # version and weights agree again
+
+
+async def test_a_prompt_that_does_not_fit_is_the_callers_error(engine):
+    with pytest.raises(ValueError):
+        await engine.generate(list(range(3, 253)), GO_ON)
+    assert (await sample(engine, 1, GO_ON))[0].token_ids
+
+
+def test_an_error_in_the_thread_reaches_everyone_who_waits(folder):
+    dying = Engine(str(folder), EngineOptions(max_length=200, max_sequences=4))
+    waiting = dying.submit(PROMPT, GO_ON.with_(max_tokens=150))
+    bad = dying.load(1, [{"tensors": [("no.such.weight", torch.zeros(1))]}], "continue")
+    for future in (bad, waiting):
+        with pytest.raises(rl.engine.EngineError):
+            future.result(timeout=60)
+    with pytest.raises(rl.engine.EngineError):
+        dying.submit(PROMPT, GO_ON)

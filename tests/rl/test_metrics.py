@@ -1,0 +1,100 @@
+"""A step's numbers by hand, and the files they are written to."""
+
+import json
+import math
+
+import pytest
+
+from rl.config import Config
+from rl.episode import Identity
+from rl.metrics import Sinks, forget_after, read_lines, rollout_metrics
+from rl.reward import Score
+from rl.trajectory import Summary
+
+CONFIG = Config.model_validate({"model": {"path": "m"}, "env": {"name": "calculator"}, "stages": [{"kind": "eval"}]})
+
+
+def summary(tokens, sampled, turns, stop, *flags):
+    return Summary(Identity(0, 0, "t"), tokens, sampled, turns, stop, flags, 0, 0.1)
+
+
+GROUPS = [
+    (
+        [summary(10, 4, 1, "done"), summary(20, 8, 3, "max_turns", "truncated", "tool_error", "tool_error")],
+        [Score(1.0, {"outcome": 1.0}), Score(0.0, {"outcome": 0.0})],
+    ),
+    (
+        [summary(30, 12, 2, "done", "tool_error"), summary(40, 16, 2, "max_tokens")],
+        [Score(0.5, {"outcome": 0.25, "style": 0.25}), Score(0.5, {"outcome": 0.5})],
+    ),
+]
+
+
+def test_rollout_metrics_by_hand():
+    found = rollout_metrics(GROUPS, success_at=0.5)
+    assert found == pytest.approx(
+        {
+            "reward/mean": 0.5,  # 1, 0, 0.5, 0.5
+            "reward/std": math.sqrt(0.125),  # (0.25 + 0.25 + 0 + 0) / 4
+            "reward/success": 0.75,
+            "reward/outcome": 0.4375,  # 1.75 / 4
+            "reward/style": 0.0625,  # an episode without the part counts as 0
+            "reward/zero_variance_groups": 0.5,  # the second group's rewards are all alike: it teaches nothing
+            "response_length/mean": 10.0,
+            "episode_length/mean": 25.0,
+            "num_turns/mean": 2.0,
+            "flags/truncated": 0.25,
+            "flags/tool_error": 0.5,  # episodes, not turns
+            "stop/done": 0.5,
+        }
+    )
+
+
+def test_a_step_without_episodes_has_finite_numbers():
+    assert all(math.isfinite(v) for v in rollout_metrics([], 1.0).values())
+
+
+def test_a_part_cannot_take_the_name_of_a_metric():
+    """A rule that names its parts `mean` or `success` must not change what those charts mean."""
+    groups = [([summary(10, 4, 1, "done")], [Score(0.0, {"success": 7.0, "mean": -7.0})])]
+    found = rollout_metrics(groups, success_at=1.0)
+    assert (found["reward/mean"], found["reward/success"]) == (0.0, 0.0)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """json.dumps would write NaN, which is not JSON and stops every strict reader."""
+    sinks = Sinks(tmp_path, CONFIG)
+    sinks.metrics({"step": 1, "a": float("nan"), "b": float("inf"), "c": 0.5})
+    sinks.metrics({"step": 2, "a": -float("inf"), "text": "NaN"})
+    sinks.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = [json.loads(x, parse_constant=refuse) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "a": None, "b": None, "c": 0.5}, {"step": 2, "a": None, "text": "NaN"}]
+
+
+def test_evaluations_have_their_own_file(tmp_path):
+    sinks = Sinks(tmp_path, CONFIG)
+    sinks.evaluation({"step": 3, "success": 0.5, "success_by_turn_budget": {1: 0.25}})
+    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 3, "success": 0.5, "success_by_turn_budget": {"1": 0.25}}]
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_forget_after_drops_what_a_resumed_run_does_again(tmp_path):
+    sinks = Sinks(tmp_path, CONFIG)
+    for step in (1, 2, 3, 4):
+        sinks.metrics({"step": step, "x": None if step == 2 else step / 3})
+    sinks.evaluation({"step": 4})
+    forget_after(tmp_path, 2)
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1 / 3}, {"step": 2, "x": None}]
+    assert read_lines(tmp_path / "eval.jsonl") == []
+    sinks.metrics({"step": 3})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_line_that_a_killed_process_left_half_written_does_not_stop_the_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
+    forget_after(tmp_path, 2)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -1,0 +1,225 @@
+"""Tasks from reasoning_gym: which split they belong to, how they are scored, and what a mistyped setting says."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from rl.config import ReasoningGymConfig
+from rl.demonstration import demonstrate
+from rl.env import Demonstrator, World
+from rl.envs.reasoning import expression_of, own_scorer
+from rl.episode import Episode, Identity, Limits, StopReason, Turn, run_episode
+from rl.policy import Sampling, ScriptedPolicy
+from rl.reward import Score
+from rl.task import Task
+
+SMALL = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+LIMITS = Limits(max_turns=6, max_length=4096)
+
+
+def gym(dataset: str = "chain_sum", settings: dict[str, Any] | None = None, seed: int = 0, **more: Any) -> World:
+    return World(ReasoningGymConfig(name="reasoning_gym", dataset=dataset, settings=settings or {}, **more), seed)
+
+
+def said(task: Task, text: str, stop: StopReason = StopReason.DONE) -> Episode:
+    """A finished episode whose last message is `text`."""
+    return Episode(Identity(0, 0, task.id), task, [], [], 0, [Turn([], [], [], False, text)], stop)
+
+
+async def play(world: World, codec: Any, task: Task, messages: list[dict[str, Any]]) -> Episode:
+    return await run_episode(
+        world.env(),
+        task,
+        ScriptedPolicy(codec, iter(messages)),
+        codec,
+        sampling=Sampling(),
+        limits=LIMITS,
+        identity=Identity(0, 0, task.id),
+    )
+
+
+@pytest.fixture(scope="module")
+def sums() -> World:
+    return gym(settings=SMALL)
+
+
+def question(task: Task) -> str:
+    return task.prompt["prompt"][-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings"),
+    [("chain_sum", {"max_terms": 2, "max_digits": 1}), ("letter_counting", {}), ("simple_equations", {})],
+)
+def test_the_splits_share_no_question(dataset, settings):
+    source = gym(dataset, settings).source
+    train = {question(source.task("train", i)) for i in range(300)}
+    held = {question(source.task("held_out", i)) for i in range(60)}
+    assert len(train) > 30
+    assert len(held) > 3
+    assert not train & held
+
+
+def test_a_task_is_a_function_of_seed_split_and_index(sums):
+    forwards = [sums.source.task("train", i) for i in range(150)]
+    again = gym(settings=SMALL).source
+    assert [again.task("train", i) for i in reversed(range(150))] == forwards[::-1]
+    other = gym(settings=SMALL, seed=1).source
+    assert [other.task("train", i).id for i in range(20)] != [t.id for t in forwards[:20]]
+
+
+def test_the_same_question_has_the_same_id_and_another_one_another(sums):
+    tasks = [sums.source.task("train", i) for i in range(500)]
+    assert len({question(t) for t in tasks}) == len({t.id for t in tasks}) > 300
+
+
+def test_a_task_survives_json(sums):
+    task = sums.source.task("held_out", 3)
+    restored = Task(task.id, json.loads(json.dumps(dict(task.prompt))), task.answer)
+    assert own_scorer(restored, said(restored, task.answer)) == 1.0
+
+
+def test_generators_without_enough_questions_are_refused(sums, monkeypatch):
+    monkeypatch.setattr("rl.envs.reasoning.held_out", lambda content: False)
+    with pytest.raises(ValueError, match=r"chain_sum.*held_out split.*more variety"):
+        sums.source.task("held_out", 0)
+
+
+def test_few_questions_are_still_split():
+    source = gym(settings={"min_terms": 1, "max_terms": 1, "max_digits": 1}).source
+    held = {question(source.task("held_out", i)) for i in range(20)}
+    train = {question(source.task("train", i)) for i in range(200)}
+    assert len(train) + len(held) == 10
+    assert len(held) == 1
+
+
+@pytest.mark.parametrize("terms", [2, 3])
+async def test_demonstrations_earn_the_reward(codec, terms):
+    world = gym(settings={"min_terms": terms, "max_terms": terms})
+    assert isinstance(world.source, Demonstrator)
+    for index in range(10):
+        task = world.source.task("train", index)
+        messages = list(world.source.demonstrate(task, random.Random(0), guess=False))
+        episode = await play(world, codec, task, messages)
+        assert episode.stop_reason == StopReason.DONE
+        assert len(episode.turns) == terms  # a call for each operation, and the answer
+        assert Score.of(own_scorer, episode).total == 1.0
+
+
+async def test_negative_terms_are_demonstrated(codec):
+    world = gym(settings={"allow_negation": True, "min_terms": 3, "max_terms": 4})
+    for index in range(20):
+        task = world.source.task("train", index)
+        episode = await play(world, codec, task, list(world.source.demonstrate(task, random.Random(0), guess=False)))
+        assert own_scorer(task, episode) == 1.0
+
+
+async def test_a_guess_is_one_turn_and_mostly_wrong(sums, codec):
+    scores = []
+    for index in range(50):
+        task = sums.source.task("train", index)
+        messages = list(sums.source.demonstrate(task, random.Random(index), guess=True))
+        episode = await play(sums, codec, task, messages)
+        assert len(episode.turns) == 1
+        scores.append(own_scorer(task, episode))
+    assert sum(s == 1.0 for s in scores) < 15
+
+
+async def test_without_a_tool_the_first_turn_is_the_answer(codec):
+    world = gym(settings=SMALL, tool="none", max_turns=1)
+    task = world.source.task("train", 0)
+    opening = await world.env().reset(task)
+    assert not opening.tools
+    assert "calculator" not in opening.messages[0]["content"]
+    episode = await play(world, codec, task, list(world.source.demonstrate(task, random.Random(0), guess=False)))
+    assert (len(episode.turns), episode.stop_reason) == (1, StopReason.DONE)
+    assert own_scorer(task, episode) == 1.0
+
+
+async def test_a_bad_call_is_answered_and_flagged(sums, codec):
+    task = sums.source.task("train", 0)
+    call = {"name": "calculator", "arguments": {"a": 1, "op": "/", "b": 2}}
+    wrong = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    episode = await play(sums, codec, task, [wrong, {"role": "assistant", "content": task.answer}])
+    assert episode.turns[0].flags == ("tool_error",)
+    assert episode.turns[0].observation[0]["content"] == "error: op is one of + - *"
+    assert own_scorer(task, episode) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "score"),
+    [
+        ("-4", "-4", 1.0),
+        ("-4", "5 - 9 = -4.", 1.0),
+        ("-4", "It is \N{MINUS SIGN}4", 1.0),
+        ("4", "12-8", 0.0),
+        ("8", "12-8", 1.0),
+        ("1234", "That makes 1,234", 1.0),
+        ("4", "4, or 5", 0.0),
+        ("4", "four", 0.0),
+        ("4", "", 0.0),
+        ("4", "14", 0.5),  # the scorer's own part for an answer that holds the right one
+    ],
+)
+def test_the_last_number_is_the_answer(sums, answer, text, score):
+    task = sums.source.task("train", 0)
+    task = Task(task.id, {**task.prompt, "entry": {**task.prompt["entry"], "answer": answer}}, answer)
+    assert own_scorer(task, said(task, text)) == score
+
+
+@pytest.mark.parametrize("stop", [StopReason.MAX_TURNS, StopReason.MAX_TOKENS])
+def test_no_answer_no_reward(sums, stop):
+    task = sums.source.task("train", 0)
+    assert own_scorer(task, said(task, task.answer, stop)) == 0.0
+
+
+def test_text_answers_are_scored_whole():
+    source = gym("word_sequence_reversal", tool="none", max_turns=1).source
+    task = source.task("train", 0)
+    assert not isinstance(source, Demonstrator)
+    assert own_scorer(task, said(task, f"  {task.answer}\n")) == 1.0
+    assert own_scorer(task, said(task, "something else")) < 1.0
+
+
+async def test_what_cannot_be_demonstrated_says_where_demonstrations_come_from(codec):
+    world = gym("word_sequence_reversal", tool="none", max_turns=1)
+    with pytest.raises(ValueError, match=r"demonstrations\.path"):
+        await demonstrate(world, world.source.task("train", 0), codec, guess_fraction=0, limits=LIMITS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "steps"),
+    [
+        ("5 - 9 =", "-4", [(5, "-", 9)]),
+        ("2 + 3 * 4", "14", [(3, "*", 4), (2, "+", 12)]),
+        ("-7 - -3 + 1 =", "-3", [(-7, "-", -3), (-4, "+", 1)]),
+        ("What is 12?", "12", []),
+        ("(2 + 3) * 4 =", "20", None),
+        ("3 dogs and 4 cats", "28", None),
+        ("2.5 + 1", "3.5", None),
+        ("8 / 2", "4", None),
+        (f"{10**50} + 1", str(10**50 + 1), None),
+    ],
+)
+def test_the_expression_of_a_question(text, answer, steps):
+    found = expression_of({"question": text, "answer": answer})
+    assert (found.steps() if found else None) == steps
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "more", "said"),
+    [
+        ("chain_sums", {}, {}, r"'chain_sums' is not a dataset.*Did you mean chain_sum"),
+        ("qqqq", {}, {}, r"'qqqq' is not a dataset.*Known: ab, acre"),
+        ("chain_sum", {"min_term": 2}, {}, r"env\.settings\.min_term is not a setting.*env\.settings\.min_terms"),
+        ("chain_sum", {"min_terms": "two"}, {}, r"env\.settings\.min_terms is 'two': chain_sum expects int"),
+        ("chain_sum", {"min_terms": 4, "max_terms": 2}, {}, r"max_terms must be >= min_terms.*'max_terms': 2"),
+        ("chain_sum", {"size": 10}, {}, r"env\.settings\.size is not yours to set"),
+        ("chain_sum", {}, {"max_turns": 1}, r"env\.max_turns is 1.*2 or more"),
+    ],
+)
+def test_mistakes_are_named(dataset, settings, more, said):
+    with pytest.raises(ValueError, match=said):
+        gym(dataset, settings, **more)

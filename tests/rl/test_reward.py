@@ -1,0 +1,92 @@
+"""Scores of finished episodes."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from rl.episode import Episode, Identity, StopReason, Turn
+from rl.reward import Score, final_answer, math_answer
+from rl.task import Task
+
+
+def episode(text="12", answer="12", stop=StopReason.DONE, rewards=(0.0,)) -> Episode:
+    turns = [Turn([1], [0.0], [0], False, text, reward=r) for r in rewards]
+    return Episode(Identity(0, 0, "t"), Task("t", {}, answer), [], [], 2, turns, stop)
+
+
+def test_a_number_is_the_outcome():
+    assert Score.of(lambda task, e: 0.5, episode()) == Score(0.5, {"outcome": 0.5})
+    assert Score.of(lambda task, e: True, episode()) == Score(1.0, {"outcome": 1.0})
+
+
+def test_parts_add_up_with_what_the_environment_gave():
+    found = Score.of(lambda task, e: {"right": 1, "style": -0.25}, episode(rewards=(0.5, 0.125)))
+    assert found == Score(1.375, {"right": 1.0, "style": -0.25})
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(1)], ids=lambda n: type(n).__name__)
+def test_numpys_numbers_are_numbers(number):
+    assert Score.of(lambda task, e: number, episode()).total == float(number)
+
+
+@pytest.mark.parametrize(
+    "result", [float("nan"), float("inf"), None, "1", {"a": 1.0, "b": float("nan")}, {"a": None}, [1.0]], ids=str
+)
+def test_what_is_not_a_finite_number_is_refused_by_the_rules_name(result):
+    """It must not turn into a reward: a NaN would spread over the whole group."""
+
+    def my_rule(task, e):
+        return result
+
+    with pytest.raises(ValueError, match="my_rule"):
+        Score.of(my_rule, episode())
+
+
+def test_an_error_of_the_rule_is_not_a_reward():
+    with pytest.raises(ZeroDivisionError):
+        Score.of(lambda task, e: 1 / 0, episode())
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "stop", "expected"),
+    [
+        ("12", "12", StopReason.DONE, 1.0),
+        ("the answer is 12", "12", StopReason.DONE, 1.0),
+        ("first 7, then 12", "12", StopReason.DONE, 1.0),
+        ("first 12, then 7", "12", StopReason.DONE, 0.0),
+        (r"so \boxed{\frac{1}{2}}", "0.5", StopReason.DONE, 1.0),
+        ("$x = 3$", "3", StopReason.DONE, 1.0),
+        ("13", "12", StopReason.DONE, 0.0),
+        ("", "12", StopReason.DONE, 0.0),
+        ("I do not know", "12", StopReason.DONE, 0.0),
+        ("12", "12", StopReason.MAX_TURNS, 0.0),
+    ],
+)
+def test_math_answer(text, answer, stop, expected):
+    e = episode(text, answer, stop)
+    assert math_answer(e.task, e) == expected
+
+
+def test_math_answer_works_off_the_main_thread():
+    """Ray runs the methods of an actor with concurrency in threads; math-verify's time limit is a signal."""
+    found = []
+    e = episode()
+
+    def score():
+        try:
+            found.append(math_answer(e.task, e))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+@pytest.mark.parametrize("stop", [StopReason.MAX_TURNS, StopReason.MAX_TOKENS])
+def test_final_answer_wants_a_finished_episode(stop):
+    assert final_answer(episode().task, episode()) == 1.0
+    assert final_answer(episode().task, episode(stop=stop)) == 0.0
+    assert final_answer(episode().task, episode(rewards=())) == 0.0
