@@ -61,9 +61,9 @@ class Controller(Role):
         self._phase, self._stage, self._stage_step, self._stage_steps = "starting", 0, 0, 1
         self._stage_started = self._born = time.perf_counter()
         self._fraction = 0.0
-        self._trained = "base"
         self._state = checkpoint.read_state(self._resume) if self._resume else State(0, 0, 0, -1, 0)
-        self._evaluated = 0
+        earlier = [s.kind for s in config.stages[: self._state.stage] if s.kind != "eval"]
+        self._trained = earlier[-1] if earlier else "base"
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
@@ -80,12 +80,13 @@ class Controller(Role):
                 self._phase = stage.kind
                 self._stage_step, self._fraction = self._state.stage_step, 0.0
                 self._stage_steps = 1 if isinstance(stage, EvalStage) else stage.steps
-                if isinstance(stage, SftStage):
-                    await self._sft(index, stage)
-                elif isinstance(stage, RlStage):
-                    await self._rl(index, stage)
-                else:
+                if isinstance(stage, EvalStage):
                     await self._evaluate(index, stage)
+                    continue
+                if self._state.stage_step < stage.steps:
+                    await (self._sft(index, stage) if isinstance(stage, SftStage) else self._rl(index, stage))
+                self._trained = stage.kind
+                self._state = replace(self._state, stage_start=f"checkpoints/step={self._state.step}")
             self._phase = "done"
         finally:
             await self._write_statuses()
@@ -105,7 +106,7 @@ class Controller(Role):
         with self._working("starting"):
             await self._company.start(preparing)
         if self._resume:
-            forget_after(self._run, self._state.step)
+            forget_after(self._run, self._state.step, self._state.stage)
             await self._company.all_ranks("restore", str(self._resume))
             self._say(f"resumed from {self._resume.name}")
         await self._publish()
@@ -138,8 +139,7 @@ class Controller(Role):
             extra = {"perf/tokens_per_second": sums.get("tokens", 0.0) / self._timing["step"]}
             self._advance(stage.kind, {**to_metrics(sums), **extra, "actor/lr": self._lr(stage, step)}, slowest)
         await self._publish()
-        self._trained = "sft"
-        await self._checkpoint(index, stage.steps)
+        await self._checkpoint()
 
     async def _rl(self, index: int, stage: RlStage) -> None:
         await self._begin(index)
@@ -152,9 +152,8 @@ class Controller(Role):
         for step in range(self._state.stage_step, stage.steps):
             await self._rl_step(index, stage, step, tasks)
             if stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
-                await self._checkpoint(index, step + 1)
-        self._trained = "rl"
-        await self._checkpoint(index, stage.steps)
+                await self._checkpoint()
+        await self._checkpoint()
 
     async def _rl_step(self, index: int, stage: RlStage, step: int, tasks: TaskStream) -> None:
         algo, company, temperature = stage.algo, self._company, self._config.rollout.temperature
@@ -281,19 +280,14 @@ class Controller(Role):
         }
         log.info("published version %d: %s; loaded: %s", version, published, loaded)
 
-    async def _checkpoint(self, index: int, stage_step: int) -> None:
-        """Everything a resumed run needs, complete or absent. At a stage's end it belongs to the next stage."""
-        ended = stage_step >= getattr(self._config.stages[index], "steps", 1)
-        name = f"step={self._state.step}"
-        start = f"checkpoints/{name}" if ended else self._state.stage_start
-        self._state = replace(self._state, stage_start=start)
-        place = (index + 1, 0) if ended else (index, stage_step)
+    async def _checkpoint(self) -> None:
+        """Everything a resumed run needs, complete or absent. The stage's own start is spared: its reference."""
         with self._working("checkpoint"), checkpoint.writing(self._run, self._state.step) as folder:
             await self._company.all_ranks("save", str(folder))
             await asyncio.to_thread(load_tokenizer(self._initial).save_pretrained, folder)
             (folder / "repertory.yaml").write_text(dump_config(self._config))
-            checkpoint.write_state(folder, replace(self._state, stage=place[0], stage_step=place[1]))
-        checkpoint.prune(self._run, self._config.run.keep_checkpoints, Path(start).name)
+            checkpoint.write_state(folder, self._state)
+        checkpoint.prune(self._run, self._config.run.keep_checkpoints, Path(self._state.stage_start).name)
 
     def _advance(self, kind: str, metrics: dict[str, float], slowest: Any) -> None:
         """A step is done: count it and write its line."""

@@ -13,6 +13,9 @@ from actors.role import Role
 from rl.config import Config
 from rl.policy import Completion, Sampling
 
+UNPUBLISHED = -1
+"""The version of an engine that has loaded nothing from the store: its own file's weights are nobody's version."""
+
 
 class WeightSyncError(RuntimeError):
     """A generator computes with other weights than the learner published."""
@@ -62,6 +65,7 @@ class Generator(Role):
                 sleep_mode=config.placement.time_share,
                 transfer=self._transfer.NAME,
             ),
+            version=UNPUBLISHED,
         )
 
     async def start(self) -> int:

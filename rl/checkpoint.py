@@ -19,7 +19,8 @@ from pathlib import Path
 class State:
     """Where a run stood: the stage it was in, the steps done in it and in all, and what must not be used again.
 
-    stage_start: the checkpoint folder (relative to the run) that the stage's reference is frozen at; "" is initial.
+    A finished stage stands at its last step, so that a resumed run may be given more steps of it. stage_start: the
+    checkpoint folder (relative to the run) that the stage's reference is frozen at; "" is the initial model.
     """
 
     stage: int

@@ -249,13 +249,14 @@ class Engine:
                 self._add(*body)
 
     def _add(self, token_ids: list[int], params: SamplingParams, future: Future[Any]) -> None:
+        if len(token_ids) + (params.max_tokens or 0) > self._options.max_length:
+            # vLLM's scheduler would never start it; the caller's mistake is not the engine's end.
+            what = f"{len(token_ids)} tokens and {params.max_tokens} to sample"
+            future.set_exception(ValueError(f"{what} are more than max_length = {self._options.max_length}"))
+            return
         request_id = str(self._next_id)
         self._next_id += 1
-        try:
-            internal = self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
-        except ValueError as error:  # a prompt that vLLM does not take: the caller's mistake, not the engine's end
-            future.set_exception(error)
-            return
+        internal = self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
         self._running[request_id] = _Running(future, internal, [(0, self.version)])
 
     def _apply_swap(self, swap: _Swap) -> None:
@@ -338,6 +339,8 @@ def _engine_args(model_path: str, options: EngineOptions) -> EngineArgs:
         # On CPU a seeded request whose prefill is cut in parts kills vLLM ("CPU Generator does not use offset").
         enable_chunked_prefill=not cpu,
         enable_prefix_caching=True,
+        # The smallest block that CPU attention takes: only full blocks are reused, and turns are short.
+        block_size=32 if cpu else None,
         # Ratios need the distribution that was sampled from, not the one before temperature and top-p.
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=options.transfer),

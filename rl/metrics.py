@@ -95,8 +95,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
+def forget_after(run: Path, step: int, stage: int) -> None:
+    """Drop the lines of steps and evaluations that a run resumed in `stage` after `step` will do again."""
     for name in ("metrics.jsonl", "eval.jsonl"):
-        kept = [line for line in read_lines(run / name) if line["step"] <= step]
+        kept = [line for line in read_lines(run / name) if line["step"] <= step and line["stage_index"] <= stage]
         (run / name).write_text("".join(json.dumps(line) + "\n" for line in kept))

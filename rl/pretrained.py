@@ -28,6 +28,8 @@ SCRATCH_TEMPLATE = (
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CORPUS_SIZE = 1000
+_INITIAL_STD = 0.05
+"""Weights of a narrow model are drawn wider than the usual 0.02: it learns to copy numbers in half the steps."""
 
 
 class ModelNotFound(ValueError):
@@ -125,6 +127,7 @@ def make_scratch(config: ScratchModel, max_length: int, world: World, seed: int,
             num_key_value_heads=config.heads,
             max_position_embeddings=max(max_length, 512),
             tie_word_embeddings=True,
+            initializer_range=_INITIAL_STD,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -128,12 +128,19 @@ async def test_drain_finishes_running_requests_on_the_old_weights(engine, models
     assert [c.token_ids for c in first] != [c.token_ids for c in second]
 
 
+async def until_sampled(engine: Engine, count: int) -> None:
+    """Until every running request has that many tokens."""
+    states = engine._llm.output_processor.request_states
+    while not states or min(s.detokenizer.num_output_tokens() for s in list(states.values())) < count:
+        await asyncio.sleep(0.001)
+
+
 async def test_continue_swaps_between_two_tokens_of_a_request_twice(engine, models):
     start = engine.version
     long = GO_ON.with_(max_tokens=150)
     running = [engine.submit(PROMPT, long.with_(seed=i)) for i in range(6)]
-    for version in (start + 1, start + 2):
-        await asyncio.sleep(0.15)
+    for sampled, version in ((5, start + 1), (60, start + 2)):
+        await until_sampled(engine, sampled)
         await asyncio.wrap_future(engine.load(version, models.update(version), "continue"))
     completions = [f.result() for f in running]
     seen = {v for c in completions for v in c.versions}

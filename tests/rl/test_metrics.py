@@ -85,16 +85,17 @@ def test_evaluations_have_their_own_file(tmp_path):
 def test_forget_after_drops_what_a_resumed_run_does_again(tmp_path):
     sinks = Sinks(tmp_path, CONFIG)
     for step in (1, 2, 3, 4):
-        sinks.metrics({"step": step, "x": None if step == 2 else step / 3})
-    sinks.evaluation({"step": 4})
-    forget_after(tmp_path, 2)
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1 / 3}, {"step": 2, "x": None}]
-    assert read_lines(tmp_path / "eval.jsonl") == []
+        sinks.metrics({"step": step, "stage_index": 1, "x": None if step == 2 else step / 3})
+    for stage, step in ((0, 0), (2, 2), (2, 4)):  # the second stands after the stage that goes on from step 2
+        sinks.evaluation({"step": step, "stage_index": stage})
+    forget_after(tmp_path, 2, 1)
+    assert [(line["step"], line["x"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [(1, 1 / 3), (2, None)]
+    assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0, "stage_index": 0}]
     sinks.metrics({"step": 3})
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_line_that_a_killed_process_left_half_written_does_not_stop_the_resume(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
-    forget_after(tmp_path, 2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage_index": 0}\n{"step": 2, "stage_index": 0}\n{"step": 3, "rew')
+    forget_after(tmp_path, 2, 0)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]

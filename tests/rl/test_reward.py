@@ -1,6 +1,5 @@
 """Scores of finished episodes."""
 
-import threading
 
 import numpy as np
 import pytest
@@ -66,27 +65,3 @@ def test_an_error_of_the_rule_is_not_a_reward():
 def test_math_answer(text, answer, stop, expected):
     e = episode(text, answer, stop)
     assert math_answer(e.task, e) == expected
-
-
-def test_math_answer_works_off_the_main_thread():
-    """Ray runs the methods of an actor with concurrency in threads; math-verify's time limit is a signal."""
-    found = []
-    e = episode()
-
-    def score():
-        try:
-            found.append(math_answer(e.task, e))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=score)
-    thread.start()
-    thread.join()
-    assert found == [1.0]
-
-
-@pytest.mark.parametrize("stop", [StopReason.MAX_TURNS, StopReason.MAX_TOKENS])
-def test_final_answer_wants_a_finished_episode(stop):
-    assert final_answer(episode().task, episode()) == 1.0
-    assert final_answer(episode().task, episode(stop=stop)) == 0.0
-    assert final_answer(episode().task, episode(rewards=())) == 0.0

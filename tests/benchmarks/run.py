@@ -1,0 +1,122 @@
+"""`make bench`: every figure as a ratio within one run, as a table and as bench.json.
+
+Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
+    python tests/benchmarks/run.py [quickstart] [smollm2] [trl]
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rl.metrics import read_lines
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+WARM_UP = 1  # the first step pays for what is compiled and cached once
+SHORT = ["stages.0.n=8", "stages.1.steps=150", "stages.2.n=8", "stages.3.steps=5", "stages.4.n=8"]
+
+Row = tuple[str, float, str]
+"""(what, figure, bound); a bound starts with >= or <=, or is empty."""
+
+
+def train(config: str, root: Path, *overrides: str) -> Path:
+    command = [sys.executable, "-m", "actors", "train", f"configs/{config}.yaml", f"run.root={root}", "run.name=bench"]
+    subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return root / "bench"
+
+
+def script(name: str, *arguments: str) -> dict[str, Any]:
+    """The last line a benchmark script prints is its result as JSON."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / name), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / "metrics.jsonl") if line["stage"] == "rl"][WARM_UP:]
+
+
+def system_rows(name: str, run: Path, floor: float) -> list[Row]:
+    """The run's steps against the bare engine and a bare training loop on the same episodes."""
+    steps = steps_of(run)
+    bare = script("bare.py", str(run), str(WARM_UP))
+    sampled = bare["sampled_tokens"]
+    generate = sum(s["timing_s/generate"] for s in steps)
+    parts = [f"timing_s/{k}" for k in ("generate", "reference", "update", "publish")]
+    inside = sum(s.get(part, 0.0) for s in steps for part in parts)
+    total = sum(s["timing_s/step"] for s in steps)
+    rows: list[Row] = [
+        (f"{name}: generation, tokens/s in the system", sampled / generate, ""),
+        (f"{name}: generation, tokens/s of the bare engine", sampled / bare["generate_s"], ""),
+        (f"{name}: generation, system / bare", bare["generate_s"] / generate, f">= {floor}"),
+        (f"{name}: learner, system / bare loop", bare["update_s"] / sum(s["timing_s/update"] for s in steps), ">= 0.8"),
+        (f"{name}: share of a step outside the four", 1 - inside / total, "<= 0.15"),
+    ]
+    peaks: dict[str, float] = {}
+    for status in read_lines(run / "logs" / "actors.jsonl"):
+        peaks[status["role"]] = max(peaks.get(status["role"], 0), status["peak_rss_bytes"])
+    return [*rows, *((f"{name}: peak memory of the {role}, GiB", peak / 2**30, "") for role, peak in peaks.items())]
+
+
+def sync_rows(run: Path) -> list[Row]:
+    steps = steps_of(run)
+    copy = script("numpy_copy.py", str(int(steps[0]["publish/bytes"])))["seconds"]
+    publish, load = (mean(s[f"publish/{k}"] for s in steps) for k in ("transfer_s", "load_s"))
+    return [
+        (f"smollm2: publish of {steps[0]['publish/bytes'] / 1e6:.0f} MB, s", publish, "<= 0.6"),
+        ("smollm2: load, s", load, "<= 0.8"),
+        ("smollm2: publish, numpy copies", publish / copy, ""),
+        ("smollm2: load, numpy copies", load / copy, ""),
+    ]
+
+
+def trl_rows(run: Path) -> list[Row]:
+    """Whole-step completion tokens a second against TRL's GRPOTrainer, one after the other, twice."""
+    theirs = script("trl_step.py", "configs/bench_smollm2.yaml")
+    ours = mean(s["perf/tokens_per_second"] for s in steps_of(run))
+    length = mean(s["response_length/mean"] for s in steps_of(run))
+    return [
+        ("smollm2: whole step, completion tokens/s here", ours, ""),
+        ("smollm2: whole step, completion tokens/s in TRL", theirs["tokens_per_second"], ""),
+        ("smollm2: completion length here / in TRL", length / theirs["length"], ""),
+        ("smollm2: whole step, here / TRL", ours / theirs["tokens_per_second"], ">= 3"),
+    ]
+
+
+def holds(figure: float, bound: str) -> bool | None:
+    if not bound:
+        return None
+    sign, _, number = bound.partition(" ")
+    return figure >= float(number) if sign == ">=" else figure <= float(number)
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl"]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if "quickstart" in wanted:
+            rows += system_rows("quickstart", train("quickstart", Path(folder) / "q", *SHORT), 0.55)
+        if "smollm2" in wanted or "trl" in wanted:
+            run = train("bench_smollm2", Path(folder) / "s")
+            if "smollm2" in wanted:
+                rows += [*system_rows("smollm2", run, 0.9), *sync_rows(run)]
+            if "trl" in wanted:
+                rows += trl_rows(run)
+    table = Table("figure", "measured", "bound", "")
+    for what, figure, bound in rows:
+        table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])
+    Console(width=110).print(table)
+    results = [{"figure": w, "measured": f, "bound": b or None, "holds": holds(f, b)} for w, f, b in rows]
+    (ROOT / "bench.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
