@@ -32,7 +32,7 @@ def show_summary(run: Path, console: Console) -> None:
         ("logs", "the run's log, and every actor's process id and peak memory"),
     ):
         if (run / name).exists():
-            console.print(f"  {name:<20} {what}", highlight=False)
+            console.print(f"  {name:<20} {what}", highlight=False, soft_wrap=True)
 
 
 def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:

@@ -96,6 +96,7 @@ def test_forget_after_drops_what_a_resumed_run_does_again(tmp_path):
 
 
 def test_a_line_that_a_killed_process_left_half_written_does_not_stop_the_resume(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage_index": 0}\n{"step": 2, "stage_index": 0}\n{"step": 3, "rew')
+    whole = '{"step": 1, "stage_index": 0}\n{"step": 2, "stage_index": 0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 3, "rew')
     forget_after(tmp_path, 2, 0)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -65,3 +65,15 @@ def test_an_error_of_the_rule_is_not_a_reward():
 def test_math_answer(text, answer, stop, expected):
     e = episode(text, answer, stop)
     assert math_answer(e.task, e) == expected
+
+
+@pytest.mark.parametrize("stop", [StopReason.MAX_TURNS, StopReason.MAX_TOKENS])
+def test_final_answer_wants_a_finished_episode(stop):
+    assert final_answer(episode().task, episode()) == 1.0
+    assert final_answer(episode().task, episode(stop=stop)) == 0.0
+    assert final_answer(episode().task, episode(rewards=())) == 0.0
+
+
+def test_a_plain_text_answer_is_right_to_the_letter():
+    e = episode("Paris ", "Paris")
+    assert math_answer(e.task, e) == 1.0
