@@ -53,11 +53,12 @@ def batch():
     return groups, references, rng.standard_normal((3, 4)).tolist()
 
 
-def plain_torch(model, batch):
+def plain_torch(config, model, batch):
     """AdamW on the whole batch in one process, without DeepSpeed: the yardstick."""
     groups, references, advantages = batch
     scorer = TokenScorer(load_causal_lm(model, "float32"))
-    trainer = TorchTrainer(scorer, betas=(0.9, 0.95), weight_decay=0.0, grad_clip=1.0, device="cpu")
+    c = config.learner
+    trainer = TorchTrainer(scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu")
     flat = [(g, s) for g in range(3) for s in range(4)]
     weights = weigh([int(groups[g][s].loss_mask[1:].sum()) for g, s in flat], ALGO)
     samples = [
@@ -110,7 +111,7 @@ def test_one_rank_and_two_give_plain_torchs_update(ray_cluster, quickstart_confi
         f"learner.count={ranks}", f"learner.zero_stage={zero_stage}", "learner.micro_batch_tokens=128",
         "weights.bucket_mib=1",
     )  # fmt: skip
-    expected, expected_metrics = plain_torch(model, batch)
+    expected, expected_metrics = plain_torch(config, model, batch)
     weights, metrics = through_actors(config, model, batch)
     start = dict(load_causal_lm(model, "float32").named_parameters())
     assert set(weights) == set(expected)
