@@ -105,7 +105,8 @@ def test_the_checkpoint_loads_in_plain_vllm_and_transformers(small_run: Run):
     folder = newest(small_run.folder)
     assert folder is not None and folder.name == f"step={12 + STEPS}"
     assert (small_run.folder / "checkpoints" / "latest").resolve() == folder.resolve()
-    llm = LLM(str(folder), dtype="float32", max_model_len=200, enforce_eager=True, enable_chunked_prefill=False)
+    settings = {"max_model_len": 200, "enforce_eager": True, "enable_chunked_prefill": False}
+    llm = LLM(str(folder), dtype="float32", kv_cache_memory_bytes=1 << 28, **settings)
     out = llm.generate([{"prompt_token_ids": [1, 5, 9, 2]}], SamplingParams(max_tokens=4, temperature=0, logprobs=0))
     ids = [1, 5, 9, 2, *out[0].outputs[0].token_ids]
     got = [next(iter(at.values())).logprob for at in out[0].outputs[0].logprobs]
