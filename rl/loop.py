@@ -56,7 +56,8 @@ class Loop:
         self.scorer = TokenScorer(load_causal_lm(model, config.learner_dtype))
         self.engine = Engine(str(model), EngineOptions(config.generator_dtype, config.model.max_length))
         self.limits = Limits(config.env.max_turns, config.model.max_length)
-        self.rule = load_object(config.reward.function or self.world.default_reward or "")
+        rule = config.reward.function or self.world.default_reward
+        self.rule = load_object(rule) if rule else lambda task, episode: 0.0
         self.version = 0
         self.tasks = TaskStream(self.world.source, "train")
         self.consumed: list[Trajectory] = []
