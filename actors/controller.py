@@ -37,7 +37,7 @@ from rl.demonstration import draw_batch
 from rl.env import World
 from rl.episode import GroupRequest
 from rl.evaluate import Outcome, Report, report
-from rl.gradient import to_metrics
+from rl.gradient import Sums, add_sums, to_metrics
 from rl.metrics import Sinks, forget_after, rollout_metrics
 from rl.policy import Sampling
 from rl.pretrained import load_tokenizer, prepare_model
@@ -173,7 +173,8 @@ class Controller(Role):
             if algo.kl.coefficient > 0:
                 with self._timed("reference"), self._working("reference"):
                     references = await company.reference_logprobs(refs, temperature)
-            metrics: dict[str, float] = {}
+            total: Sums = {}
+            mismatch: dict[str, float] = {}
             slowest = None
             with self._timed("update"), self._working("learner"):
                 await company.time_share("learn")
@@ -189,7 +190,9 @@ class Controller(Role):
                         temperature,
                     )
                     sums, slowest = await company.rl_step((index, step, update), batch, self._lr(stage, step))
-                    metrics = to_metrics(sums)
+                    total = add_sums(total, sums)
+                    if update == 0:  # later ones differ from the generator by what the earlier ones learned
+                        mismatch = {k: v for k, v in to_metrics(sums).items() if k.startswith("mismatch/")}
             assert slowest is not None, "a batch has at least one mini-batch"
             self._state = replace(self._state, cursor=tasks.cursor)
             await self._publish()
@@ -200,7 +203,8 @@ class Controller(Role):
             stage.kind,
             {
                 **rollout_metrics([(g.summaries, g.scores) for g in groups], self._config.reward.success_at),
-                **metrics,
+                **to_metrics(total),
+                **mismatch,
                 "actor/lr": self._lr(stage, step),
                 "perf/tokens_per_second": sampled / self._timing["step"],
                 "staleness/mean": sum(stale) / max(1, len(stale)),

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import time
 from collections import Counter
 from typing import Any
 
@@ -29,8 +28,6 @@ class Role:
 
     def __init__(self) -> None:
         self._calls: Counter[str] = Counter()
-        self._busy_s = 0.0
-        self._started = time.time()
 
     def status(self) -> dict[str, Any]:
         """pid, calls by name, peak resident memory in bytes."""

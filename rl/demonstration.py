@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,3 @@ def draw_batch(step: int, batch_size: int, count: int, seed: int) -> list[int]:
         return permutations[epoch][offset]
 
     return [at(p) for p in range(step * batch_size, (step + 1) * batch_size)]
-
-
-def too_short(trajectories: Iterable[Trajectory]) -> int:
-    """How many hold nothing to train on (their prompt alone fills the context)."""
-    return sum(not t.loss_mask.any() for t in trajectories)

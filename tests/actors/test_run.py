@@ -82,10 +82,10 @@ def test_each_step_samples_from_the_next_version(rl_rows):
 
 
 def test_with_equal_weights_every_ratio_is_one(small_run: Run):
-    """The generator's log-probs against the learner's before the first of a batch's optimizer steps."""
+    """The generator's log-probs of every sampled token against the learner's, before a batch's first update."""
     for line in read_lines(small_run.folder / "metrics.jsonl")[12:]:
+        assert 0 < line["mismatch/max_logprob_diff"] < 1e-4
         assert line["mismatch/probe_mean_diff"] < 1e-5
-    # Step 12's metrics are of its second mini-batch, after one update; the probe shows that equal weights agree.
 
 
 def test_masks_and_turns_agree(rl_rows):
