@@ -15,7 +15,7 @@ $(STAMP): .ci/lock-cpu.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check uv==0.13.9
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(TORCH_ARGS) torch==2.13.0
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r .ci/lock-cpu.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode -r .ci/lock-cpu.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $(STAMP)
 

@@ -44,10 +44,11 @@ class Company:
     references: list[Any] = field(default_factory=list)
     ranks: list[Any] = field(default_factory=list)
 
-    async def start(self, preparing: "asyncio.Future[Path]") -> None:
-        """Start every role while the model is being prepared; returns when all are open.
+    async def start(self, initial: Path, resume: Path | None) -> Path:
+        """Start every role on the newest checkpoint or else the initial model; returns when all are open.
 
-        The learner holds the model then, and nothing is published yet.
+        The learner holds the model then, and nothing is published yet. Returns the initial model's folder: `initial`,
+        when it was made there.
         """
         c, free = self.config, {"num_cpus": 0, "runtime_env": {"env_vars": bound_threads(1)}}
         self.store = ray.remote(WeightStore).options(name=self.store_name, namespace=self.namespace, **free).remote()
@@ -75,7 +76,9 @@ class Company:
             rank.options(**self.placement.options("learner", i)).remote(c, self.device, i)
             for i in range(c.learner.count)
         ]
-        model = str(await preparing)
+        # A learner imports what making a model takes anyway.
+        made = await self.ranks[0].prepare_model.remote(str(initial))
+        model = str(resume or made)
         await asyncio.gather(*(w.open.remote(model) for w in self.workers))
         probe = await self.workers[0].probe.remote(min(_PROBE_LENGTH, c.model.max_length - 1))
         host, port = await self.ranks[0].address.remote()
@@ -91,6 +94,7 @@ class Company:
             *(ready("reference", r.open.remote(model)) for r in self.references),
             *(ready("reward", r.status.remote()) for r in self.rewards),
         )
+        return Path(made)
 
     def _each(self, cls: type, role: str, count: int, *arguments: Any) -> list[Any]:
         actor = ray.remote(cls)

@@ -40,7 +40,6 @@ from rl.evaluate import Outcome, Report, report
 from rl.gradient import Sums, add_sums, to_metrics
 from rl.metrics import Sinks, forget_after, rollout_metrics
 from rl.policy import Sampling
-from rl.pretrained import load_tokenizer, prepare_model
 from rl.task import Task, TaskStream
 
 log = logging.getLogger("repertory")
@@ -98,24 +97,18 @@ class Controller(Role):
         logging.basicConfig(filename=logs / "run.log", level=logging.INFO, format="%(asctime)s %(message)s", force=True)
         config = self._config
         self._world = World(config.env, config.run.seed)
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare))
         self._sinks = Sinks(self._run, config, resume=self._resume is not None)
         placement = await Placement.make(config)
         log.info("the cluster has room for every role")
         self._company = Company(config, placement, f"weights-{config.run.name}", self._namespace, self._device)
         with self._working("starting"):
-            await self._company.start(preparing)
+            self._initial = await self._company.start(self._run / "initial", self._resume)
         if self._resume:
             forget_after(self._run, self._state.step, self._state.stage)
             await self._company.all_ranks("restore", str(self._resume))
             self._say(f"resumed from {self._resume.name}")
         await self._publish()
         await self._write_statuses()
-
-    def _prepare(self) -> Path:
-        """The folder the roles open: the newest checkpoint of a resumed run, or the initial model."""
-        self._initial = prepare_model(self._config.model, self._world, self._config.run.seed, self._run / "initial")
-        return self._resume or self._initial
 
     # -- stages --------------------------------------------------------------------------------------------------
 
@@ -288,7 +281,6 @@ class Controller(Role):
         """Everything a resumed run needs, complete or absent. The stage's own start is spared: its reference."""
         with self._working("checkpoint"), checkpoint.writing(self._run, self._state.step) as folder:
             await self._company.all_ranks("save", str(folder))
-            await asyncio.to_thread(load_tokenizer(self._initial).save_pretrained, folder)
             (folder / "repertory.yaml").write_text(dump_config(self._config))
             checkpoint.write_state(folder, self._state)
         checkpoint.prune(self._run, self._config.run.keep_checkpoints, Path(self._state.stage_start).name)

@@ -85,7 +85,8 @@ def connect() -> None:
             socket.create_connection((reachable[1], int(reachable[2])), timeout=5).close()
         ray.init(**common)
     else:
-        ray.init(address="local", include_dashboard=False, **common)
+        # Ray runs workers at niceness 15, where whatever else the machine does stalls every barrier between threads.
+        ray.init(address="local", include_dashboard=False, _system_config={"worker_niceness": 0}, **common)
 
 
 def _cause(error: Any, folder: Path) -> str:

@@ -16,8 +16,10 @@ from torch import Tensor
 from actors.role import Role
 from rl.batch import MicroBatch, Sample, balance
 from rl.config import Config, GrpoConfig
+from rl.env import World
 from rl.gradient import Objective, Sums, grpo_objective, optimizer_step, sft_objective, weigh
 from rl.model import TokenScorer, load_causal_lm, sequence_logprobs
+from rl.pretrained import load_tokenizer, prepare_model
 from rl.trajectory import Trajectory
 from rl.weights import Manifest, checksum, pack, plan_buckets
 
@@ -107,6 +109,9 @@ class LearnerRank(Role):
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # seconds: while others prepare the model
 
+        if device == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce for half a minute or more, once a machine. gloo does.
+            deepspeed.ops.__compatible_ops__ = {}
         self._deepspeed = deepspeed
         self._budget = config.learner.micro_batch_tokens
         self._held: list[Trajectory] = []
@@ -114,6 +119,11 @@ class LearnerRank(Role):
         self._packed: dict[int, np.ndarray] = {}
 
     # -- the group -----------------------------------------------------------------------------------------------
+
+    def prepare_model(self, folder: str) -> str:
+        """The initial model's folder: `folder`, when the model is made from scratch."""
+        world = World(self._config.env, self._config.run.seed)
+        return str(prepare_model(self._config.model, world, self._config.run.seed, Path(folder)))
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 listens for the others."""
@@ -143,6 +153,7 @@ class LearnerRank(Role):
         )
         if c.gradient_checkpointing:
             lm.gradient_checkpointing_enable()
+        self._tokenizer = load_tokenizer(model_path, trust_remote_code=self._config.model.trust_remote_code)
         scorer = TokenScorer(lm).to(self._device)
         if c.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -240,11 +251,12 @@ class LearnerRank(Role):
     # -- checkpoints and time-sharing ----------------------------------------------------------------------------
 
     def save(self, folder: str) -> None:
-        """Hugging Face weights by rank 0, and every rank's optimizer state, into `folder`."""
+        """Hugging Face weights and tokenizer by rank 0, and every rank's optimizer state, into `folder`."""
         lm = self._scorer.lm
         with self._gathered(list(lm.parameters())):
             if self._rank == 0:
                 lm.save_pretrained(folder)
+                self._tokenizer.save_pretrained(folder)
         self._trainer.engine.save_checkpoint(str(Path(folder) / "learner"), tag="state")
 
     def restore(self, folder: str) -> None:

@@ -28,7 +28,7 @@ class RunConfig(Strict):
 
 
 class ScratchModel(Strict):
-    """A Llama made by the run itself, with a byte-level BPE tokenizer trained on the environment's demonstrations."""
+    """A Qwen3 made by the run itself, with a byte-level BPE tokenizer trained on the environment's demonstrations."""
 
     layers: PositiveInt = 4
     hidden: PositiveInt = 128

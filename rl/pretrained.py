@@ -6,6 +6,7 @@ transformers and plain vLLM load.
 
 import importlib.util
 import itertools
+import json
 import os
 import random
 import shutil
@@ -71,6 +72,12 @@ def find_model(path: str) -> Path:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        # The class without a model family's rules. Importing AutoTokenizer imports every family: six seconds more.
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(path))
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -111,20 +118,25 @@ def _from_package(spec: str) -> Path:
 
 
 def make_scratch(config: ScratchModel, max_length: int, world: World, seed: int, folder: Path) -> None:
-    """Write a randomly initialised Llama and a tokenizer trained on demonstrations of the environment."""
+    """Write a randomly initialised Qwen3 and a tokenizer trained on demonstrations of the environment.
+
+    Qwen3 for its normalised queries and keys: a model of a million parameters learns to copy numbers out of its context
+    in about half the steps that a Llama of the same size takes.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = _train_tokenizer(config.vocabulary, world, seed)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden,
             intermediate_size=config.intermediate,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
+            head_dim=config.hidden // config.heads,
             max_position_embeddings=max(max_length, 512),
             tie_word_embeddings=True,
             initializer_range=_INITIAL_STD,

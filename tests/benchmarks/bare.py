@@ -48,7 +48,7 @@ def generate(llm: LLMEngine, rows: list[dict[str, Any]], temperature: float) -> 
     def submit(i: int) -> None:
         prompt, length, seed = waiting[i].pop(0)
         params = SamplingParams(
-            temperature=temperature, max_tokens=length, min_tokens=length, ignore_eos=True, seed=seed, logprobs=0,
+            temperature=temperature, max_tokens=length, ignore_eos=True, seed=seed, logprobs=0,
             flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         llm.add_request(f"{i}", {"prompt_token_ids": prompt}, params)

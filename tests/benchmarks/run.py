@@ -20,7 +20,7 @@ from rl.metrics import read_lines
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WARM_UP = 1  # the first step pays for what is compiled and cached once
-SHORT = ["stages.0.n=8", "stages.1.steps=150", "stages.2.n=8", "stages.3.steps=5", "stages.4.n=8"]
+SHORT = ["stages.0.n=8", "stages.1.steps=500", "stages.2.n=8", "stages.3.steps=6", "stages.4.n=8"]
 
 Row = tuple[str, float, str]
 """(what, figure, bound); a bound starts with >= or <=, or is empty."""
