@@ -42,6 +42,7 @@ def turns_of(row: dict[str, Any]) -> list[tuple[list[int], int, int]]:
 def generate(llm: LLMEngine, rows: list[dict[str, Any]], temperature: float) -> tuple[float, int]:
     """Seconds to sample every turn again, at the lengths recorded, and how many tokens that was."""
     waiting = {i: turns_of(row) for i, row in enumerate(rows)}
+    llm.reset_prefix_cache()  # the system starts every step with new weights, and so with an empty cache
     total = sum(length for turns in waiting.values() for _, length, _ in turns)
     started = time.perf_counter()
 
@@ -59,9 +60,7 @@ def generate(llm: LLMEngine, rows: list[dict[str, Any]], temperature: float) -> 
         for output in llm.step():
             if output.finished and waiting[int(output.request_id)]:
                 submit(int(output.request_id))
-    seconds = time.perf_counter() - started
-    llm.reset_prefix_cache()
-    return seconds, total
+    return time.perf_counter() - started, total
 
 
 def learn(trainer: TorchTrainer, rows: list[dict[str, Any]], config: Config, stage: RlStage) -> float:
@@ -87,6 +86,7 @@ def main() -> None:
     stage = next(s for s in config.stages if isinstance(s, RlStage))
     files = sorted((run / "trajectories").glob("rl-*.parquet"))
     steps = [read_parquet(f) for f in files]
+    # The weights that played the episodes, or nearly: their distribution decides nothing, lengths are fixed.
     model = run / "initial" if config.model.scratch else find_model(config.model.path or "")
     g = config.generator
     length, many = config.model.max_length, g.max_sequences
