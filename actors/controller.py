@@ -121,7 +121,7 @@ class Controller(Role):
             tasks = TaskStream(self._world.source, "train").next(demo.count if size is None else min(demo.count, size))
             with self._working("rollout"):
                 refs = await self._company.buffer.demonstrations.remote(tasks, demo.guess_fraction)
-        await self._begin(index)
+        await self._begin(stage)
         count = min(await self._company.all_ranks("hold", refs))
         if count < stage.batch_size:
             raise ValueError(f"{count} demonstrations are fewer than stages[{index}].batch_size = {stage.batch_size}")
@@ -135,7 +135,7 @@ class Controller(Role):
         await self._checkpoint()
 
     async def _rl(self, index: int, stage: RlStage) -> None:
-        await self._begin(index)
+        await self._begin(stage)
         start = self._run / self._state.stage_start if self._state.stage_start else self._initial
         source = self._config.reference.source
         frozen = str(start) if source == "stage_start" else str(self._initial) if source == "initial" else source
@@ -257,9 +257,9 @@ class Controller(Role):
             raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1][1]}")
         return played
 
-    async def _begin(self, index: int) -> None:
+    async def _begin(self, stage: SftStage | RlStage) -> None:
         """A fresh optimizer, unless the stage goes on from a checkpoint inside it."""
-        await self._company.all_ranks("begin_stage", self._state.stage_step == 0)
+        await self._company.all_ranks("begin_stage", self._state.stage_step == 0, stage.adam_eps)
 
     async def _publish(self) -> None:
         """The learner's weights under the next version, loaded and proven by every generator."""

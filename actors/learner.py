@@ -167,10 +167,12 @@ class LearnerRank(Role):
         clip_here = c.grad_clip if clips_itself(self._config) else None
         self._trainer = DeepSpeedTrainer(engine, self._device, c.count, c.zero_stage, clip_here)
 
-    def begin_stage(self, fresh: bool) -> None:
+    def begin_stage(self, fresh: bool, eps: float) -> None:
         """A new stage starts with a fresh optimizer: moments of another objective would steer its first steps."""
+        optimizer = self._trainer.engine.optimizer
+        for group in optimizer.param_groups:
+            group["eps"] = eps
         if fresh:
-            optimizer = self._trainer.engine.optimizer
             getattr(optimizer, "optimizer", optimizer).state.clear()
         self._held = []
 

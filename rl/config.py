@@ -208,6 +208,7 @@ class SftStage(Strict):
     lr: float = Field(default=1e-3, gt=0)
     warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine"] = "cosine"
+    adam_eps: float = Field(default=1e-8, gt=0)
     demonstrations: Demonstrations = Demonstrations()
 
 
@@ -262,6 +263,8 @@ class RlStage(Strict):
     lr: float = Field(default=1e-4, gt=0)
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Far above a gradient's size, Adam moves along the gradient: weights that hold only noise then stay put."""
     checkpoint_every: NonNegativeInt = 0
     algo: GrpoConfig = GrpoConfig()
 

@@ -183,10 +183,19 @@ class TorchTrainer:
     can_retry = True
 
     def __init__(
-        self, scorer: nn.Module, *, betas: tuple[float, float], weight_decay: float, grad_clip: float, device: str
+        self,
+        scorer: nn.Module,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grad_clip: float,
+        device: str,
+        eps: float = 1e-8,
     ):
         self.scorer, self.device, self._clip = scorer.to(device), device, grad_clip
-        self._optimizer = torch.optim.AdamW(scorer.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            scorer.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay
+        )
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         return self.scorer(micro.tokens_BT, micro.mask_BT, temperature)

@@ -76,7 +76,7 @@ class Loop:
 
     def sft(self, index: int, stage: SftStage) -> None:
         trajectories = self.demonstrations(stage)
-        trainer = self.trainer()
+        trainer = self.trainer(stage.adam_eps)
         for step in range(stage.steps):
             drawn = draw_batch(step, stage.batch_size, len(trajectories), self.seed)
             batch = [trajectories[i] for i in drawn]
@@ -86,7 +86,7 @@ class Loop:
         self.publish()
 
     def rl(self, index: int, stage: RlStage) -> None:
-        trainer, algo = self.trainer(), stage.algo
+        trainer, algo = self.trainer(stage.adam_eps), stage.algo
         reference = copy.deepcopy(self.scorer) if algo.kl.coefficient > 0 else None
         for step in range(stage.steps):
             tasks = self.tasks.next(stage.tasks_per_step)
@@ -180,10 +180,10 @@ class Loop:
         out[micro.mask_BT[0].numpy()] = scored.numpy()
         return out
 
-    def trainer(self) -> TorchTrainer:
+    def trainer(self, eps: float) -> TorchTrainer:
         c = self.config.learner
         return TorchTrainer(
-            self.scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu"
+            self.scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu", eps=eps
         )
 
     def sampling(self, temperature: float) -> Sampling:
