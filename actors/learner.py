@@ -111,7 +111,7 @@ class LearnerRank(Role):
 
         if device == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for half a minute or more, once a machine. gloo does.
-            vars(deepspeed.ops)["__compatible_ops__"] = {}
+            deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
         self._deepspeed = deepspeed
         self._budget = config.learner.micro_batch_tokens
         self._held: list[Trajectory] = []
