@@ -86,8 +86,8 @@ def machine_checks(runs: Path) -> Iterator[Check]:
     found = [f"{count} x {name}, {_gib(size)}" for (name, size), count in gpus().items()]
     yield Check("GPUs", True, "\n".join(found) or "none")
     for tool, package in (("g++", "g++"), ("ninja", "ninja-build")):
-        remedy = f"DeepSpeed builds an op at its first use: apt-get install {package}"
-        yield Check(tool, bool(shutil.which(tool)), shutil.which(tool) or "not on PATH", remedy)
+        found_at, remedy = shutil.which(tool), f"needed only for learner.offload_optimizer: apt-get install {package}"
+        yield Check(tool, True if found_at else None, found_at or "not on PATH", remedy)
     bwrap, remedy = shutil.which("bwrap"), "needed only to run code that a model wrote: apt-get install bubblewrap"
     yield Check("bubblewrap", True if bwrap else None, bwrap or "not on PATH", remedy)
     yield Check("Ray", True, os.environ.get("RAY_ADDRESS") or "RAY_ADDRESS is not set: a run starts a Ray of its own")

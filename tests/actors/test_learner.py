@@ -19,6 +19,7 @@ from rl.trajectory import Trajectory
 PROBE = list(range(3, 60))
 ALGO = GrpoConfig(group_size=4, kl=KlConfig(coefficient=0.1))
 STEPS, LR = 3, 1e-3
+EPS = 1e-4  # of the gradient's own size: one that is dropped shows
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def plain_torch(config, model, batch):
     groups, references, advantages = batch
     scorer = TokenScorer(load_causal_lm(model, "float32"))
     c = config.learner
-    trainer = TorchTrainer(scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu")
+    trainer = TorchTrainer(
+        scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu", eps=EPS
+    )
     flat = [(g, s) for g in range(3) for s in range(4)]
     weights = weigh([int(groups[g][s].loss_mask[1:].sum()) for g, s in flat], ALGO)
     samples = [
@@ -79,6 +82,7 @@ def through_actors(config, model, batch):
     try:
         host, port = ray.get(ranks[0].address.remote())
         ray.get([r.open.remote(model, PROBE, host, port) for r in ranks])
+        ray.get([r.begin_stage.remote(True, EPS) for r in ranks])
         lengths = [[(len(t), int(t.loss_mask[1:].sum())) for t in g] for g in groups]
         chosen = [(g, s) for g in range(3) for s in range(4)]
         shipped = RlBatch(

@@ -248,6 +248,19 @@ def test_steps_of_the_trainer_learn_a_trajectory(tiny_lm, make_trajectory):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_an_epsilon_far_above_the_gradient_makes_the_first_step_follow_it(tiny_lm, samples):
+    """Adam's first update is lr g / (|g| + eps): lr g / eps when eps is far larger, and not lr sign(g)."""
+    kept = KeepsGradients(tiny_lm)
+    optimizer_step(kept, samples(None), sft_objective, lr=0.0, temperature=1.0, token_budget=400)
+    before = torch.cat([p.detach().flatten() for p in tiny_lm.parameters()])
+    trainer = TorchTrainer(
+        TokenScorer(tiny_lm), betas=(0.9, 0.95), weight_decay=0.0, grad_clip=1e9, device="cpu", eps=1e4
+    )
+    optimizer_step(trainer, samples(None), sft_objective, lr=1e3, temperature=1.0, token_budget=400)
+    moved = torch.cat([p.detach().flatten() for p in tiny_lm.parameters()]) - before
+    torch.testing.assert_close(moved, -0.1 * kept.gradient, rtol=1e-2, atol=1e-5)
+
+
 def test_a_rate_of_zero_moves_nothing(tiny_lm, samples):
     trainer = TorchTrainer(TokenScorer(tiny_lm), betas=(0.9, 0.95), weight_decay=0.1, grad_clip=1.0, device="cpu")
     before = [p.detach().clone() for p in tiny_lm.parameters()]
