@@ -112,5 +112,6 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_dead_cluster_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may have started one
     fine, text = said(load_config(ROOT / "configs" / "quickstart.yaml"))
     assert not fine and "nobody answers at RAY_ADDRESS 127.0.0.1:9" in text and "unset RAY_ADDRESS" in text
