@@ -86,7 +86,7 @@ def main() -> None:
     stage = next(s for s in config.stages if isinstance(s, RlStage))
     files = sorted((run / "trajectories").glob("rl-*.parquet"))
     steps = [read_parquet(f) for f in files]
-    # The weights that played the episodes, or nearly: their distribution decides nothing, lengths are fixed.
+    # The initial model will do: lengths are given, so that what the weights would sample does not matter.
     model = run / "initial" if config.model.scratch else find_model(config.model.path or "")
     g = config.generator
     length, many = config.model.max_length, g.max_sequences
