@@ -1,17 +1,21 @@
 """The generator: vLLM in the actor's own process, versioned weights from the store, every load proven by log-probs."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 
+from actors.generator_pool import Answers, AskedTurn
 from actors.role import Role
 from rl.config import Config
-from rl.policy import Completion, Sampling
+from rl.policy import Completion
 
 UNPUBLISHED = -1
 """The version of an engine that has loaded nothing from the store: its own file's weights are nobody's version."""
@@ -32,6 +36,31 @@ class Loaded:
     probe_max_diff: float
 
 
+class _Outgoing:
+    """Answers on their way from the engine's thread to one caller; many wake the event loop once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop, self._ready, self._lock = loop, asyncio.Event(), threading.Lock()
+        self._answers: Answers = []
+
+    def take(self, key: int, future: "Future[Completion]") -> None:
+        self.put(key, future.exception() or future.result())
+
+    def put(self, key: int, answer: Completion | BaseException) -> None:
+        with self._lock:
+            self._answers.append((key, answer))
+            first = len(self._answers) == 1
+        if first:
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def get(self) -> Answers:
+        await self._ready.wait()
+        with self._lock:
+            self._ready.clear()
+            answers, self._answers = self._answers, []
+        return answers
+
+
 class Generator(Role):
     """Samples completions. May die between any two calls; holds nothing that cannot be rebuilt."""
 
@@ -40,6 +69,7 @@ class Generator(Role):
     def __init__(self, config: Config, device: str, store: str, namespace: str):
         super().__init__()
         self._config, self._device, self._store, self._namespace = config, device, store, namespace
+        self._outgoing: dict[str, _Outgoing] = {}
         from actors import transfer  # imports vLLM, which takes seconds: here, and only in this process
 
         self._transfer = transfer
@@ -75,9 +105,27 @@ class Generator(Role):
             await self.load(newest)
         return self._engine.version
 
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
-        self._calls["generate"] += 1
-        return await self._engine.generate(token_ids, sampling)
+    async def submit(self, caller: str, turns: Sequence[AskedTurn]) -> None:
+        """Sample `turns`; `collect(caller)` answers them as they finish. Raises nothing: an error is an answer."""
+        self._calls["submit"] += 1
+        answers = self._answers_of(caller)
+        for turn in turns:
+            try:
+                future = self._engine.submit(turn.token_ids.tolist(), turn.sampling)
+            except Exception as error:  # whatever it is, who asked must hear of it
+                answers.put(turn.key, error)
+            else:
+                future.add_done_callback(partial(answers.take, turn.key))
+
+    async def collect(self, caller: str) -> Answers:
+        """What has finished for `caller` since the last call; waits until something has."""
+        self._calls["collect"] += 1
+        return await self._answers_of(caller).get()
+
+    def _answers_of(self, caller: str) -> "_Outgoing":
+        if caller not in self._outgoing:
+            self._outgoing[caller] = _Outgoing(asyncio.get_running_loop())
+        return self._outgoing[caller]
 
     async def load(self, version: int, policy: str | None = None) -> Loaded:
         """Swap to `version`, then score the probe sequence and hold it against the learner's log-probs.

@@ -4,30 +4,17 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from actors.generator_pool import GeneratorPool
 from actors.role import Role
 from rl.chat import ChatCodec
 from rl.config import Config
 from rl.demonstration import demonstrate, encode_rows
 from rl.env import World
 from rl.episode import Episode, GroupRequest, Identity, Limits, run_episode
-from rl.policy import Completion, Sampling
+from rl.policy import Sampling
 from rl.pretrained import load_tokenizer
-from rl.task import Task, derive_seed
+from rl.task import Task
 from rl.trajectory import Summary, Trajectory, summarise, to_trajectory
-
-
-class GeneratorPool:
-    """The generators as one policy. A session sticks to the generator that holds its prefix."""
-
-    def __init__(self, generators: Sequence[Any]):
-        self._generators = list(generators)
-
-    async def act(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
-        chosen = self._generators[derive_seed("session", session) % len(self._generators)]
-        # One array pickles in one piece, a list of ints does not.
-        return await chosen.generate.remote(np.asarray(token_ids, np.int32), sampling, session)
 
 
 class RolloutWorker(Role):
