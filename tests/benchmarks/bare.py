@@ -4,7 +4,7 @@
 
 Generation: the same prompts, lengths, seeds and concurrency, each turn after the one before it, straight into vLLM's
 LLMEngine: no actor, no event loop, no environment. Learning: forward, loss, backward and AdamW on the same
-micro-batches.
+micro-batches. The two alternate, step by step, as they do in the system: caches are as cold for both.
 """
 
 import json
@@ -67,11 +67,15 @@ def learn(trainer: TorchTrainer, rows: list[dict[str, Any]], config: Config, sta
     """Seconds of one batch's optimizer steps."""
     arrays = ("tokens", "loss_mask", "turn", "logprobs", "versions")
     trajectories = [Trajectory(*(torch.tensor(row[a]).numpy() for a in arrays)) for row in rows]
+    # Any log-probs will do as the reference's: what counts is that the KL term is computed.
+    references = [t.logprobs if stage.algo.kl.coefficient > 0 else None for t in trajectories]
     objective = grpo_objective(stage.algo)
     started = time.perf_counter()
     for chunk in mini_batches(len(rows), stage.algo.mini_batches, stage.algo.epochs):
         weights = weigh([int(trajectories[i].loss_mask[1:].sum()) for i in chunk], stage.algo)
-        samples = [Sample(trajectories[i], w, rows[i]["advantage"]) for i, w in zip(chunk, weights, strict=True)]
+        samples = [
+            Sample(trajectories[i], w, rows[i]["advantage"], references[i]) for i, w in zip(chunk, weights, strict=True)
+        ]
         for indices in plan([len(s.trajectory) for s in samples], config.learner.micro_batch_tokens):
             micro = collate([samples[i] for i in indices])
             logprobs, entropy = trainer.forward(micro, config.rollout.temperature)
@@ -92,18 +96,17 @@ def main() -> None:
     length, many = config.model.max_length, g.max_sequences
     options = EngineOptions(config.generator_dtype, length, many, kv_cache_gib=g.kv_cache_gib)
     llm = LLMEngine.from_engine_args(_engine_args(str(model), options))
-    timed = [generate(llm, rows, config.rollout.temperature) for rows in steps][first:]
-    del llm
     c = config.learner
     scorer = TokenScorer(load_causal_lm(model, config.learner_dtype))
     trainer = TorchTrainer(scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu")
-    updates = [learn(trainer, rows, config, stage) for rows in steps][first:]
+    timed = [(*generate(llm, rows, config.rollout.temperature), learn(trainer, rows, config, stage)) for rows in steps]
+    timed = timed[first:]
     print(
         json.dumps(
             {
-                "generate_s": sum(s for s, _ in timed),
-                "sampled_tokens": sum(n for _, n in timed),
-                "update_s": sum(updates),
+                "generate_s": sum(g for g, _, _ in timed),
+                "sampled_tokens": sum(n for _, n, _ in timed),
+                "update_s": sum(u for _, _, u in timed),
             }
         )
     )
