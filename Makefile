@@ -34,7 +34,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r .ci/lock-bench.txt
-	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/run.py $(WHAT)
 
 clean:
 	rm -rf $(VENV) runs

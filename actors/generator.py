@@ -20,6 +20,9 @@ from rl.policy import Completion
 UNPUBLISHED = -1
 """The version of an engine that has loaded nothing from the store: its own file's weights are nobody's version."""
 
+_LINGER_S = 0.01
+"""A step of training starts with many prompts, one after the other."""
+
 
 class WeightSyncError(RuntimeError):
     """A generator computes with other weights than the learner published."""
@@ -92,6 +95,7 @@ class Generator(Role):
                 tensor_parallel=g.tensor_parallel,
                 enforce_eager=g.enforce_eager,
                 trust_remote_code=config.model.trust_remote_code,
+                linger_s=_LINGER_S,
                 sleep_mode=config.placement.time_share,
                 transfer=self._transfer.NAME,
             ),

@@ -161,7 +161,10 @@ class LearnerRank(Role):
             adam: Any = DeepSpeedCPUAdam
             optimizer: Any = adam(scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay)
+            # fused: one pass over the weights instead of ten.
+            optimizer = torch.optim.AdamW(
+                scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay, fused=True
+            )
         engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=deepspeed_config(self._config))
         self._scorer = scorer
         clip_here = c.grad_clip if clips_itself(self._config) else None

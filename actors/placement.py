@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.role import bound_threads
+from actors.role import bound_threads, keep_memory
 from rl.config import Config, Role
 
 _MINIMUM_CPU = 0.01  # a bundle must ask for something
@@ -96,6 +96,7 @@ class Placement:
         """Ray options of one actor: its bundle, its threads, and no restarts behind our back."""
         spec: Role = self.config.reward_actor if role == "reward" else getattr(self.config, role)
         gpus = spec.gpus * (self.config.generator.tensor_parallel if role == "generator" else 1)
+        memory = {} if gpus else keep_memory()
         return {
             "num_cpus": max(spec.cpus, _MINIMUM_CPU),
             "num_gpus": gpus,
@@ -103,7 +104,7 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self.group, self.bundles[role, index], placement_group_capture_child_tasks=True
             ),
-            "runtime_env": {"env_vars": {**bound_threads(spec.threads), **_inherited()}},
+            "runtime_env": {"env_vars": {**bound_threads(spec.threads), **memory, **_inherited()}},
             **more,
         }
 

@@ -242,7 +242,6 @@ class GrpoConfig(Strict):
     fixed_length: PositiveInt | None = None
     mini_batches: PositiveInt = 1
     epochs: PositiveInt = 1
-    proximal: Literal["behaviour", "recompute"] = "behaviour"
 
     @model_validator(mode="after")
     def _consistent(self) -> "GrpoConfig":

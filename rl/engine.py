@@ -117,6 +117,9 @@ class EngineOptions:
     enforce_eager: bool | None = None
     trust_remote_code: bool = False
     sleep_mode: bool = False
+    linger_s: float = 0.0
+    """An idle engine waits for this long after the newest request before it steps: requests that come in a burst then
+    share their first step. Costs a lone request that much."""
     transfer: str = IN_PROCESS
 
 
@@ -229,12 +232,13 @@ class Engine:
     def _take_commands(self) -> bool:
         """Take what is queued; with nothing to do, wait for it. False ends the thread."""
         idle = not self._llm.has_unfinished_requests() and self._swap is None
+        timeout: float | None = None
         while True:
             try:
-                kind, body = self._commands.get(block=idle)
+                kind, body = self._commands.get(block=idle, timeout=timeout)
             except queue.Empty:
                 return True
-            idle = False
+            idle, timeout = idle and kind == "add" and self._options.linger_s > 0, self._options.linger_s
             if kind == "close":
                 return False
             if kind == "swap":

@@ -1,6 +1,7 @@
 """The engine against independent forward passes: what it says it sampled from, and what a swap does."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,19 @@ async def test_a_prompt_that_does_not_fit_is_the_callers_error(engine):
     with pytest.raises(ValueError):
         await engine.generate(list(range(3, 253)), GO_ON)
     assert (await sample(engine, 1, GO_ON))[0].token_ids
+
+
+@pytest.mark.parametrize(("linger_s", "steps"), [(0.5, 1), (0.0, 2)])
+async def test_an_idle_engine_lets_a_burst_share_its_first_step(engine, monkeypatch, linger_s, steps):
+    counted, step = [], engine._llm.step
+    monkeypatch.setattr(engine, "_options", replace(engine._options, linger_s=linger_s))
+    monkeypatch.setattr(engine._llm, "step", lambda: (counted.append(1), step())[1])
+    # The thread already waits, by the options before: its first command only tells it of these.
+    await asyncio.wrap_future(engine._call(lambda: None))
+    first = engine.submit(PROMPT, Sampling(max_tokens=1))
+    await asyncio.sleep(0.1)
+    await asyncio.gather(*map(asyncio.wrap_future, (first, engine.submit([*PROMPT, 3], Sampling(max_tokens=1)))))
+    assert len(counted) == steps
 
 
 def test_an_error_in_the_thread_reaches_everyone_who_waits(folder):
