@@ -238,7 +238,9 @@ class Engine:
                 kind, body = self._commands.get(block=idle, timeout=timeout)
             except queue.Empty:
                 return True
-            idle, timeout = idle and kind == "add" and self._options.linger_s > 0, self._options.linger_s
+            # No more than a full batch can share the step: requests that never pause do not put it off for ever.
+            waits = kind == "add" and self._options.linger_s > 0 and len(self._running) < self._options.max_sequences
+            idle, timeout = idle and waits, self._options.linger_s
             if kind == "close":
                 return False
             if kind == "swap":

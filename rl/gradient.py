@@ -194,7 +194,7 @@ class TorchTrainer:
     ):
         self.scorer, self.device, self._clip = scorer.to(device), device, grad_clip
         self._optimizer = torch.optim.AdamW(
-            scorer.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay
+            scorer.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
