@@ -70,7 +70,7 @@ class DeepSpeedTrainer:
         self.can_retry = world == 1 or zero_stage < 2
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.engine(micro.tokens_BT, micro.mask_BT, temperature)
+        return self.engine(micro.packed, micro.before_N, micro.targets_N, temperature)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self._world)  # DeepSpeed averages over ranks

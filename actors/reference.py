@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from actors.role import Role
-from rl.batch import Sample, collate, plan
 from rl.config import Config
-from rl.model import TokenScorer, load_causal_lm
+from rl.model import TokenScorer, frozen_logprobs, load_causal_lm
 from rl.trajectory import Trajectory
 
 
@@ -30,21 +28,13 @@ class Reference(Role):
         if path != self._path:
             self._scorer, self._path = TokenScorer(self._read(path)), path
 
-    @torch.no_grad()
     def logprobs(self, refs: Sequence[Any], temperature: float) -> list[list[np.ndarray]]:
         """refs: of groups of trajectories. For each trajectory float32 [T], its tokens' log-probs, 0 off the mask."""
         self._calls["logprobs"] += 1
         groups: list[list[Trajectory]] = ray.get(list(refs))
         flat = [t for group in groups for t in group]
-        out = [np.zeros(len(t), np.float32) for t in flat]
-        for indices in plan([len(t) for t in flat], self._config.learner.micro_batch_tokens):
-            micro = collate([Sample(flat[i], 0.0) for i in indices]).to(self._device)
-            scored = self._scorer(micro.tokens_BT, micro.mask_BT, temperature)[0].cpu().numpy()
-            at = 0
-            for row, i in enumerate(indices):
-                mask = micro.mask_BT[row, : len(flat[i])].cpu().numpy()
-                out[i][mask] = scored[at : at + mask.sum()]
-                at += int(mask.sum())
+        budget = self._config.learner.micro_batch_tokens
+        out = frozen_logprobs(self._scorer, flat, temperature, budget, self._device)
         rest = iter(out)
         return [[next(rest) for _ in group] for group in groups]
 

@@ -1,7 +1,8 @@
-"""Trajectories -> micro-batches: padding, the token budget, and balance across ranks."""
+"""Trajectories -> micro-batches: packing without padding, the token budget, and balance across ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,74 +26,141 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded rows, and per-token values at the N trained positions in row-major order."""
+class Packed:
+    """Sequences of which every common beginning is held, and computed, once.
 
-    tokens_BT: Tensor
-    mask_BT: Tensor
+    What a token's hidden state depends on is the tokens up to it: sequences that begin alike, as the samples of one
+    task do and all tasks of one system prompt, share the states of that beginning. The U tokens are those of the
+    prefix tree of the sequences. tokens_U, positions_U: int64.
+    rows: sequences of similar length, as int64 [B, L] of indices into U, padded on the right with any index.
+    home_U: where token u stands among the positions of all rows, laid end to end: its first appearance.
+    """
+
+    tokens_U: Tensor
+    positions_U: Tensor
+    rows: tuple[Tensor, ...]
+    home_U: Tensor
+
+    def to(self, device: str) -> "Packed":
+        rows = tuple(r.to(device) for r in self.rows)
+        return Packed(self.tokens_U.to(device), self.positions_U.to(device), rows, self.home_U.to(device))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed trajectories, and per-token values at the N trained positions, trajectory after trajectory.
+
+    before_N: the index in U of the token that precedes each trained one, whose hidden state predicts targets_N.
+    """
+
+    packed: Packed
+    before_N: Tensor
+    targets_N: Tensor
     weights_N: Tensor
     advantages_N: Tensor
     behaviour_N: Tensor
     reference_N: Tensor | None
 
     def to(self, device: str) -> "MicroBatch":
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
         return MicroBatch(**moved)
 
 
 _MIN_FILL = 0.75
-"""A row shorter than this share of a micro-batch's width starts the next one: padding costs as much as tokens do."""
+"""A row shorter than this share of its block's width starts the next block: attention pays for padding."""
+
+_MAX_SHARING = 4
+"""A micro-batch's rows together have at most this many times its token budget: attention holds them unshared."""
 
 
-def plan(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices of each micro-batch: rows of similar length, at most `token_budget` padded tokens (or one row)."""
+def shared_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    width = min(len(a), len(b))
+    differ = np.flatnonzero(a[:width] != b[:width])
+    return int(differ[0]) if len(differ) else width
+
+
+def alike(sequences: Sequence[np.ndarray]) -> list[int]:
+    """Indices in lexicographic order: each sequence after the one that it shares the longest beginning with."""
+    return sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
+
+
+def plan(sequences: Sequence[np.ndarray], token_budget: int) -> list[list[int]]:
+    """Indices of each micro-batch: at most `token_budget` tokens to compute, or one sequence."""
     batches: list[list[int]] = []
-    width = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = batches and (len(batches[-1]) + 1) * width <= token_budget
-        if fits and lengths[i] >= _MIN_FILL * width:
+    computed = held = 0
+    for i in alike(sequences):
+        length = len(sequences[i])
+        new = length - shared_length(sequences[batches[-1][-1]], sequences[i]) if batches else length
+        if batches and computed + new <= token_budget and held + length <= _MAX_SHARING * token_budget:
             batches[-1].append(i)
+            computed, held = computed + new, held + length
         else:
             batches.append([i])
-            width = lengths[i]
+            computed = held = length
     return batches
 
 
 def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices for each rank, the longest first onto the least loaded: every rank gets about the same tokens."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = load.index(min(load))
-        shares[rank].append(i)
-        load[rank] += lengths[i]
-    return shares
+    """Indices for each rank, in order: about the same tokens, and a group, which shares its prompt, on one rank."""
+    ends = np.cumsum(lengths)
+    middles = ends - np.asarray(lengths) / 2
+    owner = np.minimum(middles * ranks // max(1, ends[-1] if len(ends) else 1), ranks - 1)
+    return [np.flatnonzero(owner == rank).tolist() for rank in range(ranks)]
+
+
+def pack(sequences: Sequence[np.ndarray]) -> tuple[Packed, list[np.ndarray]]:
+    """The sequences' prefix tree, and for each sequence the int64 [T] indices of its tokens in U."""
+    places: list[np.ndarray] = [np.zeros(0, np.int64)] * len(sequences)
+    used, before = 0, None
+    for i in alike(sequences):
+        shared = 0 if before is None else shared_length(sequences[before], sequences[i])
+        fresh = np.arange(used, used + len(sequences[i]) - shared)
+        places[i] = fresh if before is None else np.concatenate([places[before][:shared], fresh])
+        used, before = used + len(fresh), i
+    tokens, positions, home = (np.zeros(used, np.int64) for _ in range(3))
+    blocks: list[list[np.ndarray]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        tokens[places[i]], positions[places[i]] = sequences[i], np.arange(len(sequences[i]))
+        if not blocks or len(sequences[i]) < _MIN_FILL * len(blocks[-1][0]):
+            blocks.append([])
+        blocks[-1].append(places[i])
+    rows, start = [], 0
+    for block in blocks:
+        width = len(block[0])
+        rows.append(np.zeros((len(block), width), np.int64))
+        for b, place in enumerate(block):
+            rows[-1][b, : len(place)] = place
+            home[place] = start + b * width + np.arange(len(place))
+        start += len(block) * width
+    tensor = torch.from_numpy
+    return Packed(tensor(tokens), tensor(positions), tuple(map(tensor, rows)), tensor(home)), places
+
+
+def trained_positions(trajectory: Trajectory) -> np.ndarray:
+    """int64 [N]. Position 0 is never among them: it has no predecessor to be predicted from."""
+    return np.flatnonzero(trajectory.loss_mask[1:]) + 1
 
 
 def collate(samples: Sequence[Sample]) -> MicroBatch:
-    """Pad the rows on the right, and gather the trained positions' values."""
+    """Pack the trajectories, and gather the trained positions' values."""
     trajectories = [s.trajectory for s in samples]
-    width = max(map(len, trajectories))
-    tokens = np.zeros((len(samples), width), np.int64)
-    mask = np.zeros((len(samples), width), bool)
-    for row, t in enumerate(trajectories):
-        tokens[row, : len(t)] = t.tokens
-        mask[row, : len(t)] = t.loss_mask
-    mask[:, 0] = False  # position 0 has no predecessor to be predicted from
-    masks = [mask[row, : len(t)] for row, t in enumerate(trajectories)]
+    packed, places = pack([t.tokens for t in trajectories])
+    trained = [trained_positions(t) for t in trajectories]
 
     def spread(values: Sequence[float]) -> Tensor:
         return torch.tensor(
-            np.concatenate([np.full(m.sum(), v, np.float32) for m, v in zip(masks, values, strict=True)])
+            np.concatenate([np.full(len(at), v, np.float32) for at, v in zip(trained, values, strict=True)])
         )
 
-    def gather(arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.tensor(np.concatenate([a[m] for a, m in zip(arrays, masks, strict=True)]))
+    def gather(arrays: Sequence[np.ndarray], shift: int = 0) -> Tensor:
+        return torch.tensor(np.concatenate([a[at + shift] for a, at in zip(arrays, trained, strict=True)]))
 
     references = [s.reference for s in samples if s.reference is not None]
     return MicroBatch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(mask),
+        packed,
+        gather(places, -1),
+        gather([t.tokens.astype(np.int64) for t in trajectories]),
         spread([s.weight for s in samples]),
         spread([s.advantage for s in samples]),
         gather([t.logprobs for t in trajectories]),

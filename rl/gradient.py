@@ -154,7 +154,7 @@ def _accumulate(
 
 
 def _micro_batches(trainer: Trainer, samples: Sequence[Sample], token_budget: int) -> Iterator[MicroBatch]:
-    batches = plan([len(s.trajectory) for s in samples], token_budget)
+    batches = plan([s.trajectory.tokens for s in samples], token_budget)
     for indices in batches:
         yield collate([samples[i] for i in indices])
     for _ in range(trainer.largest(len(batches)) - len(batches)):
@@ -198,7 +198,7 @@ class TorchTrainer:
         )
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.scorer(micro.tokens_BT, micro.mask_BT, temperature)
+        return self.scorer(micro.packed, micro.before_N, micro.targets_N, temperature)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

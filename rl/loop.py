@@ -9,6 +9,7 @@ the two against each other.
 import asyncio
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from rl.algo.advantage import batch_advantages
 from rl.algo.schedule import learning_rate
-from rl.batch import Sample, collate, mini_batches
+from rl.batch import Sample, mini_batches
 from rl.chat import ChatCodec
 from rl.config import Config, EvalStage, RlStage, SftStage
 from rl.demonstration import demonstrate, draw_batch, encode_rows
@@ -27,7 +28,7 @@ from rl.env import World, load_object
 from rl.episode import Episode, Identity, Limits, run_episode
 from rl.evaluate import Outcome, Report, report
 from rl.gradient import TorchTrainer, grpo_objective, optimizer_step, sft_objective, to_metrics, weigh
-from rl.model import TokenScorer, load_causal_lm
+from rl.model import TokenScorer, frozen_logprobs, load_causal_lm
 from rl.policy import Completion, Sampling
 from rl.pretrained import load_tokenizer, prepare_model
 from rl.reward import Score
@@ -97,7 +98,10 @@ class Loop:
             advantages = batch_advantages(grouped, baseline=algo.baseline, normalise=algo.normalise).flatten()
             trajectories = [to_trajectory(e) for e in episodes]
             self.consumed += trajectories
-            references = [self.reference_logprobs(reference, t) if reference else None for t in trajectories]
+            references: Sequence[np.ndarray | None] = [None] * len(trajectories)
+            if reference:
+                budget = self.config.learner.micro_batch_tokens
+                references = frozen_logprobs(reference, trajectories, self.config.rollout.temperature, budget)
             for chunk in mini_batches(len(episodes), algo.mini_batches, algo.epochs):
                 weights = weigh([int(trajectories[i].loss_mask[1:].sum()) for i in chunk], algo)
                 samples = [
@@ -171,14 +175,6 @@ class Loop:
             ]
 
         return asyncio.run(all_of_them())
-
-    @torch.no_grad()
-    def reference_logprobs(self, reference: TokenScorer, trajectory: Trajectory) -> np.ndarray:
-        micro = collate([Sample(trajectory, 0.0)])
-        out = np.zeros(len(trajectory), np.float32)
-        scored = reference(micro.tokens_BT, micro.mask_BT, self.config.rollout.temperature)[0]
-        out[micro.mask_BT[0].numpy()] = scored.numpy()
-        return out
 
     def trainer(self, eps: float) -> TorchTrainer:
         c = self.config.learner

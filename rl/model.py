@@ -1,48 +1,127 @@
 """A causal LM as the learner and the reference see it: token log-probs and entropy at chosen positions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rl.batch import Packed, Sample, collate, pack, plan, trained_positions
+from rl.trajectory import Trajectory
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ATTENTION = "repertory_packed"
 
 
 def load_causal_lm(path: str | Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=trust_remote_code
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+
+
+def use_packed_attention(lm: Any) -> None:
+    """Every attention layer of `lm` sees packed rows from now on. Raises ValueError where a layer cannot."""
+    from transformers import AttentionInterface
+
+    strange = set(getattr(lm.config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if strange or not lm._supports_attention_backend:
+        what = f"layers of {', '.join(sorted(strange))}" if strange else "an attention that cannot be exchanged"
+        raise ValueError(f"{type(lm).__name__} has {what}: episodes packed behind a common beginning would mix in it")
+    AttentionInterface.register(ATTENTION, packed_attention)
+    lm.set_attn_implementation(ATTENTION)
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1HUD: Tensor,
+    key_1KUD: Tensor,
+    value_1KUD: Tensor,
+    attention_mask: None,
+    *,
+    packed: Packed,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: causal attention within each row of `packed`. Returns [1, U, H, D].
+
+    Raises NotImplementedError on capped scores and on attention sinks.
+    """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__} caps its scores or has attention sinks: not packed yet")
+    (heads, unique, dim), kv_heads = query_1HUD.shape[1:], key_1KUD.shape[1]
+    dtype = query_1HUD.dtype
+    # Gradients of a shared token are summed over its rows; bfloat16 would lose the small ones on CPU.
+    wide = torch.float32 if query_1HUD.device.type == "cpu" else dtype
+    tables = [x[0].transpose(0, 1).flatten(1).to(wide) for x in (query_1HUD, key_1KUD, value_1KUD)]
+    outputs = []
+    for rows_BL in packed.rows:
+        # F.embedding: a gather whose backward pass adds up in parallel.
+        q, k, v = (
+            F.embedding(rows_BL, table).unflatten(-1, (n, dim)).transpose(1, 2)
+            for table, n in zip(tables, (heads, kv_heads, kv_heads), strict=True)
+        )
+        outputs.append(_causal(q, k, v, scaling, sliding_window).transpose(1, 2).reshape(-1, heads * dim))
+    out = F.embedding(packed.home_U, torch.cat(outputs))
+    return out.to(dtype).view(1, unique, heads, dim), None
+
+
+def _causal(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """[B, H, L, D]. On CPU short rows are computed as they are written: torch's fused kernel is slower there."""
+    batch, heads, length, dim = q_BHLD.shape
+    if window is not None and window >= length:
+        window = None
+    if q_BHLD.device.type == "cpu" and length <= _SHORT:
+        kv_heads = k_BKLD.shape[1]
+        banned_LL = torch.full((length, length), -torch.inf).triu(1)
+        if window is not None:
+            banned_LL += torch.full((length, length), -torch.inf).tril(-window)
+        grouped = q_BHLD.reshape(batch, kv_heads, -1, dim)
+        scores = (grouped @ k_BKLD.mT).view(batch, heads, length, length) * (dim**-0.5 if scale is None else scale)
+        weights = (scores + banned_LL).softmax(-1)
+        return (weights.view(batch, kv_heads, -1, length) @ v_BKLD).view(batch, heads, length, dim)
+    mask = None
+    if window is not None:
+        ones = torch.ones(length, length, dtype=torch.bool, device=q_BHLD.device)
+        mask = ones.tril() & ones.triu(1 - window)
+    return F.scaled_dot_product_attention(
+        q_BHLD, k_BKLD, v_BKLD, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
+
+
+_SHORT = 256
+"""Tokens: the scores of longer rows are never held at once."""
 
 
 class TokenScorer(nn.Module):
     """A causal LM whose forward pass returns log-probs of tokens instead of logits.
 
-    The output head runs only at the N positions that are asked for, so the [B, T, V] logits are never held.
+    The output head runs only at the N positions that are asked for, so the [U, V] logits are never held.
     """
 
     def __init__(self, lm: Any):
         super().__init__()
+        use_packed_attention(lm)
         self.lm = lm
         cap = getattr(lm.config, "final_logit_softcapping", None)
         self._cap = float(cap) if cap else None
 
-    def forward(self, tokens_BT: Tensor, mask_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, float32 [N], at the N positions where `mask_BT` is set (row-major).
-
-        The entry of position t is log p(tokens[t] | tokens[<t]) of the distribution softmax(logits / temperature);
-        position 0 has no predecessor and must not be set. Rows are padded on the right.
-        """
-        # No attention mask: rows are padded on the right, and a causal position never looks to its right.
-        hidden_BTD = self.lm.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        picked_ND = hidden_BTD[:, :-1][mask_BT[:, 1:]]
-        logits_NV = self.lm.get_output_embeddings()(picked_ND).float()
+    def forward(
+        self, packed: Packed, before_N: Tensor, targets_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of targets_N and entropies, float32 [N], of softmax(logits / temperature) after `before_N`."""
+        hidden_1UD = self.lm.base_model(
+            input_ids=packed.tokens_U[None], position_ids=packed.positions_U[None], use_cache=False, packed=packed
+        ).last_hidden_state
+        logits_NV = self.lm.get_output_embeddings()(F.embedding(before_N, hidden_1UD[0])).float()
         if self._cap is not None:
             logits_NV = self._cap * torch.tanh(logits_NV / self._cap)
         log_softmax_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-        targets_N = tokens_BT[:, 1:][mask_BT[:, 1:]]
         logprobs_N = log_softmax_NV.gather(-1, targets_N[:, None]).squeeze(-1)
         with torch.no_grad():
             entropy_N = -(log_softmax_NV.exp() * log_softmax_NV).sum(-1)
@@ -52,7 +131,21 @@ class TokenScorer(nn.Module):
 @torch.no_grad()
 def sequence_logprobs(scorer: nn.Module, token_ids: list[int], device: str = "cpu") -> Tensor:
     """log p(token t | tokens < t) for t = 1..T-1 of one sequence, float32 [T-1], at temperature 1: the weight probe."""
-    tokens_1T = torch.tensor([token_ids], device=device)
-    mask_1T = torch.ones_like(tokens_1T, dtype=torch.bool)
-    mask_1T[:, 0] = False
-    return scorer(tokens_1T, mask_1T, 1.0)[0].cpu()
+    packed, (places,) = pack([np.asarray(token_ids)])
+    before_N, targets_N = torch.from_numpy(places[:-1]), torch.tensor(token_ids[1:])
+    return scorer(packed.to(device), before_N.to(device), targets_N.to(device), 1.0)[0].cpu()
+
+
+@torch.no_grad()
+def frozen_logprobs(
+    scorer: nn.Module, trajectories: Sequence[Trajectory], temperature: float, token_budget: int, device: str = "cpu"
+) -> list[np.ndarray]:
+    """For each trajectory float32 [T]: its trained tokens' log-probs, 0 elsewhere. What a reference policy says."""
+    out = [np.zeros(len(t), np.float32) for t in trajectories]
+    for indices in plan([t.tokens for t in trajectories], token_budget):
+        micro = collate([Sample(trajectories[i], 0.0) for i in indices]).to(device)
+        scored = scorer(micro.packed, micro.before_N, micro.targets_N, temperature)[0].cpu().numpy()
+        at = [trained_positions(trajectories[i]) for i in indices]
+        for i, positions, part in zip(indices, at, np.split(scored, np.cumsum([*map(len, at)])[:-1]), strict=True):
+            out[i][positions] = part
+    return out

@@ -3,8 +3,9 @@
     python bare.py RUN FIRST_STEP
 
 Generation: the same prompts, lengths, seeds and concurrency, each turn after the one before it, straight into vLLM's
-LLMEngine: no actor, no event loop, no environment. Learning: forward, loss, backward and AdamW on the same
-micro-batches. The two alternate, step by step, as they do in the system: caches are as cold for both.
+LLMEngine: no actor, no event loop, no environment. Learning: GRPO as one writes it on plain transformers and torch,
+rows padded to the longest of their micro-batch, and AdamW; and once more with rl/'s packed forward pass, still
+without DeepSpeed and without an actor. All alternate, step by step, as they do in the system: caches are as cold.
 """
 
 import json
@@ -16,15 +17,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import numpy as np
 import torch
 from vllm import LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from rl.batch import Sample, collate, mini_batches, plan
+from rl.batch import Sample, mini_batches
 from rl.config import Config, RlStage
 from rl.config_file import load_config
 from rl.engine import EngineOptions, _engine_args
-from rl.gradient import TorchTrainer, grpo_objective, weigh
+from rl.gradient import TorchTrainer, grpo_objective, optimizer_step, weigh
 from rl.model import TokenScorer, load_causal_lm
 from rl.pretrained import find_model
 from rl.trajectory import Trajectory, read_parquet
@@ -63,24 +65,52 @@ def generate(llm: LLMEngine, rows: list[dict[str, Any]], temperature: float) -> 
     return time.perf_counter() - started, total
 
 
-def learn(trainer: TorchTrainer, rows: list[dict[str, Any]], config: Config, stage: RlStage) -> float:
-    """Seconds of one batch's optimizer steps."""
+def learn_packed(trainer: TorchTrainer, rows: list[dict[str, Any]], config: Config, stage: RlStage) -> float:
+    """Seconds of one batch's optimizer steps with rl/'s own forward pass, in one process."""
     arrays = ("tokens", "loss_mask", "turn", "logprobs", "versions")
-    trajectories = [Trajectory(*(torch.tensor(row[a]).numpy() for a in arrays)) for row in rows]
+    trajectories = [Trajectory(*(np.asarray(row[a]) for a in arrays)) for row in rows]
     # Any log-probs will do as the reference's: what counts is that the KL term is computed.
     references = [t.logprobs if stage.algo.kl.coefficient > 0 else None for t in trajectories]
-    objective = grpo_objective(stage.algo)
     started = time.perf_counter()
     for chunk in mini_batches(len(rows), stage.algo.mini_batches, stage.algo.epochs):
         weights = weigh([int(trajectories[i].loss_mask[1:].sum()) for i in chunk], stage.algo)
         samples = [
             Sample(trajectories[i], w, rows[i]["advantage"], references[i]) for i, w in zip(chunk, weights, strict=True)
         ]
-        for indices in plan([len(s.trajectory) for s in samples], config.learner.micro_batch_tokens):
-            micro = collate([samples[i] for i in indices])
-            logprobs, entropy = trainer.forward(micro, config.rollout.temperature)
-            trainer.backward(objective(logprobs, entropy, micro)[0])
-        trainer.step(1e-6)
+        options = {"temperature": config.rollout.temperature, "token_budget": config.learner.micro_batch_tokens}
+        optimizer_step(trainer, samples, grpo_objective(stage.algo), lr=1e-6, **options)
+    return time.perf_counter() - started
+
+
+def learn(lm: Any, optimizer: Any, rows: list[dict[str, Any]], config: Config, stage: RlStage) -> float:
+    """Seconds of one batch's optimizer steps, as plain transformers and torch take them."""
+    algo, budget = stage.algo, config.learner.micro_batch_tokens
+    started = time.perf_counter()
+    for chunk in mini_batches(len(rows), algo.mini_batches, algo.epochs):
+        waiting = sorted((rows[i] for i in chunk), key=lambda row: -len(row["tokens"]))
+        trained = sum(sum(row["loss_mask"]) for row in waiting)
+        while waiting:
+            width = len(waiting[0]["tokens"])
+            part, waiting = waiting[: max(1, budget // width)], waiting[max(1, budget // width) :]
+
+            def padded(name: str, part: list[dict[str, Any]] = part, width: int = width) -> torch.Tensor:
+                return torch.tensor([[*row[name], *[0] * (width - len(row[name]))] for row in part])
+
+            tokens, mask = padded("tokens"), padded("loss_mask")[:, 1:].bool()
+            old = padded("logprobs")[:, 1:][mask]
+            advantages = torch.tensor([row["advantage"] for row in part])[:, None].expand(mask.shape)[mask]
+            logits = lm(input_ids=tokens, use_cache=False).logits[:, :-1][mask].float()
+            logp = torch.log_softmax(logits / config.rollout.temperature, -1)
+            logp = logp.gather(-1, tokens[:, 1:][mask][:, None])[:, 0]
+            ratio = torch.exp(logp - old)
+            clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
+            loss = -torch.minimum(ratio * advantages, clipped * advantages)
+            if algo.kl.coefficient > 0:
+                loss = loss + algo.kl.coefficient * (torch.exp(old - logp) - (old - logp) - 1)
+            (loss.sum() / trained).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), config.learner.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
     return time.perf_counter() - started
 
 
@@ -97,19 +127,20 @@ def main() -> None:
     options = EngineOptions(config.generator_dtype, length, many, kv_cache_gib=g.kv_cache_gib)
     llm = LLMEngine.from_engine_args(_engine_args(str(model), options))
     c = config.learner
+    adam = {"lr": 1e-6, "betas": c.betas, "weight_decay": c.weight_decay}
+    plain = load_causal_lm(model, config.learner_dtype)
+    optimizer = torch.optim.AdamW(plain.parameters(), **adam, fused=True)
     scorer = TokenScorer(load_causal_lm(model, config.learner_dtype))
     trainer = TorchTrainer(scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu")
-    timed = [(*generate(llm, rows, config.rollout.temperature), learn(trainer, rows, config, stage)) for rows in steps]
-    timed = timed[first:]
-    print(
-        json.dumps(
-            {
-                "generate_s": sum(g for g, _, _ in timed),
-                "sampled_tokens": sum(n for _, n, _ in timed),
-                "update_s": sum(u for _, _, u in timed),
-            }
-        )
-    )
+    timed = [
+        {
+            **dict(zip(("generate_s", "sampled_tokens"), generate(llm, rows, config.rollout.temperature), strict=True)),
+            "update_s": learn(plain, optimizer, rows, config, stage),
+            "packed_s": learn_packed(trainer, rows, config, stage),
+        }
+        for rows in steps
+    ]
+    print(json.dumps({name: [t[name] for t in timed[first:]] for name in timed[0]}))
 
 
 main()

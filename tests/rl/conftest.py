@@ -1,5 +1,7 @@
 """What the tests of rl/ share: one small tokenizer, the calculator's world, and trajectories made by hand."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,12 @@ def tiny_lm():
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def plain_lm(tiny_lm):
+    """The same weights under transformers' own attention: an independent forward pass."""
+    return copy.deepcopy(tiny_lm)
 
 
 @pytest.fixture

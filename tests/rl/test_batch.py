@@ -1,4 +1,4 @@
-"""Packing: padding and cuts that must not be visible in any number."""
+"""Packing: shared beginnings, padding and cuts that must not be visible in any number."""
 
 import dataclasses
 
@@ -6,23 +6,37 @@ import numpy as np
 import pytest
 import torch
 
-from rl.batch import Sample, balance, collate, filler, mini_batches, plan
-from rl.model import TokenScorer, sequence_logprobs
+from rl.batch import Sample, balance, collate, filler, mini_batches, pack, plan
+from rl.model import TokenScorer, frozen_logprobs, sequence_logprobs
 
 LENGTHS = [5, 60, 7, 31, 30, 8, 55, 6, 5, 29]
 
 
+def sharing(make_trajectory):
+    """Trajectories that share their beginnings as a group's do: 4 tokens by all, 9 by two, everything by two."""
+    a, b, c, d = (make_trajectory(n, seed) for n, seed in ((17, 0), (5, 0), (11, 0), (12, 1)))
+    for t in (b, c, d):
+        t.tokens[:4] = a.tokens[:4]
+    c.tokens[:9] = a.tokens[:9]
+    return [a, b, c, d, make_trajectory(6), dataclasses.replace(c)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_padding_changes_no_logprob_and_no_entropy(tiny_lm, make_trajectory, temperature):
-    """A padded batch, scored at its masked positions, against the raw model's full softmax, one row at a time."""
-    trajectories = [make_trajectory(n) for n in (5, 17, 11)]
+@pytest.mark.parametrize("short", [True, False])
+def test_packing_changes_no_logprob_and_no_entropy(
+    tiny_lm, plain_lm, make_trajectory, monkeypatch, temperature, short
+):
+    """Packed, scored at the trained positions, against the raw model's full softmax, one row at a time."""
+    if not short:
+        monkeypatch.setattr("rl.model._SHORT", 0)  # the kernel for long rows
+    trajectories = sharing(make_trajectory)
     micro = collate([Sample(t, 1.0) for t in trajectories])
     with torch.no_grad():
-        logprobs, entropy = TokenScorer(tiny_lm)(micro.tokens_BT, micro.mask_BT, temperature)
+        logprobs, entropy = TokenScorer(tiny_lm)(micro.packed, micro.before_N, micro.targets_N, temperature)
         expected_logprobs, expected_entropy = [], []
         for t in trajectories:
             tokens = torch.tensor(t.tokens, dtype=torch.int64)
-            at_T = torch.distributions.Categorical(logits=tiny_lm(tokens[None]).logits[0] / temperature)
+            at_T = torch.distributions.Categorical(logits=plain_lm(tokens[None]).logits[0] / temperature)
             entropies = at_T.entropy()
             for position in np.flatnonzero(t.loss_mask):
                 expected_logprobs.append(torch.log(at_T.probs[position - 1, tokens[position]]))
@@ -32,19 +46,64 @@ def test_padding_changes_no_logprob_and_no_entropy(tiny_lm, make_trajectory, tem
     assert entropy.std() > 1e-3  # a model whose every distribution is alike would prove nothing
 
 
-def test_the_probe_scores_every_token_but_the_first(tiny_lm):
+@pytest.mark.parametrize("short", [True, False])
+def test_a_sliding_window_is_kept(make_trajectory, monkeypatch, short):
+    """Mistral sees 4 tokens back: packed rows must see no more and no less."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    if not short:
+        monkeypatch.setattr("rl.model._SHORT", 0)
+    torch.manual_seed(0)
+    small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, sliding_window=4)
+    lm = MistralForCausalLM(config).eval()
+    trajectories = sharing(make_trajectory)
+    expected = []
+    with torch.no_grad():
+        for t in trajectories:
+            ids = torch.tensor(t.tokens, dtype=torch.int64)
+            logprobs = lm(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+            expected.append(logprobs[torch.tensor(t.loss_mask[1:])])
+    scored = frozen_logprobs(TokenScorer(lm), trajectories, 1.0, 100)
+    for t, logprobs, wanted in zip(trajectories, scored, expected, strict=True):
+        assert np.abs(logprobs[t.loss_mask] - wanted.numpy()).max() < 1e-5
+
+
+def test_a_model_with_a_state_across_tokens_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    lm = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"MambaForCausalLM has .* would mix"):
+        TokenScorer(lm)
+
+
+def test_the_probe_scores_every_token_but_the_first(tiny_lm, plain_lm):
     tokens = [3, 1, 4, 1, 5]
     with torch.no_grad():
-        expected = tiny_lm(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        expected = plain_lm(torch.tensor([tokens])).logits[0].log_softmax(-1)
     wanted = [expected[i, token].item() for i, token in enumerate(tokens[1:])]
     assert sequence_logprobs(TokenScorer(tiny_lm), tokens).tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_common_beginnings_are_computed_once():
+    sequences = [np.array(s) for s in ([7, 8, 9], [7, 8, 1, 2, 3, 4], [5], [7, 8, 9])]
+    packed, places = pack(sequences)
+    # The prefix tree: 5 | 7 8 (1 2 3 4 | 9).
+    assert packed.tokens_U.tolist() == [5, 7, 8, 1, 2, 3, 4, 9]
+    assert packed.positions_U.tolist() == [0, 0, 1, 2, 3, 4, 5, 2]
+    assert [p.tolist() for p in places] == [[1, 2, 7], [1, 2, 3, 4, 5, 6], [0], [1, 2, 7]]
+    # Rows stand with others of 3/4 of their length or more.
+    assert [rows.tolist() for rows in packed.rows] == [[[1, 2, 3, 4, 5, 6]], [[1, 2, 7], [1, 2, 7]], [[0]]]
+    laid_out = torch.cat([rows.flatten() for rows in packed.rows])
+    assert laid_out[packed.home_U].tolist() == list(range(8))
 
 
 def test_collate_lines_values_up_with_their_tokens(make_trajectory):
     short, long = make_trajectory(3, mask=[0, 0, 1]), make_trajectory(5, mask=[0, 1, 0, 1, 1])
     micro = collate([Sample(short, 0.5, advantage=2.0), Sample(long, 0.25, advantage=-1.0)])
-    assert micro.tokens_BT.tolist() == [[*short.tokens, 0, 0], [*long.tokens]]
-    assert micro.mask_BT.tolist() == [[False, False, True, False, False], [False, True, False, True, True]]
+    assert micro.targets_N.tolist() == [*short.tokens[[2]], *long.tokens[[1, 3, 4]]]
+    assert micro.packed.tokens_U[micro.before_N].tolist() == [*short.tokens[[1]], *long.tokens[[0, 2, 3]]]
+    assert micro.packed.positions_U[micro.before_N].tolist() == [1, 0, 2, 3]
     assert micro.weights_N.tolist() == [0.5, 0.25, 0.25, 0.25]
     assert micro.advantages_N.tolist() == [2.0, -1.0, -1.0, -1.0]
     assert micro.behaviour_N.tolist() == [*short.logprobs[[2]], *long.logprobs[[1, 3, 4]]]
@@ -65,7 +124,7 @@ def test_the_first_token_is_never_trained_on(make_trajectory):
     """It has no predecessor to be predicted from; its values must go with it, or all others would shift by one."""
     t = make_trajectory(4, mask=[1, 0, 1, 1])
     micro = collate([Sample(t, 1.0)])
-    assert micro.mask_BT.tolist() == [[False, False, True, True]]
+    assert micro.targets_N.tolist() == t.tokens[2:].tolist()
     assert micro.behaviour_N.tolist() == t.logprobs[2:].tolist()
 
 
@@ -79,34 +138,39 @@ def test_filler_weighs_nothing(make_trajectory):
 def test_a_batch_moves_with_all_its_tensors(make_trajectory):
     """`meta` stands for a second device, which a CPU has not."""
     micro = collate([Sample(make_trajectory(5), 1.0, 1.0, np.zeros(5, np.float32))]).to("meta")
-    assert {getattr(micro, f.name).device.type for f in dataclasses.fields(micro)} == {"meta"}
+    tensors = [*vars(micro).values(), *vars(micro.packed).values()]
+    flat = [x for t in tensors for x in (t if isinstance(t, tuple) else [t]) if x is not micro.packed]
+    assert len(flat) == 10
+    assert {t.device.type for t in flat} == {"meta"}
 
 
 @pytest.mark.parametrize("budget", [1, 30, 64, 130, 10_000])
-def test_plan_covers_each_row_once_within_the_budget(budget):
-    batches = plan(LENGTHS, budget)
+def test_plan_covers_each_row_once_within_the_budget(make_trajectory, budget):
+    sequences = [make_trajectory(n).tokens for n in LENGTHS]
+    batches = plan(sequences, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
     for batch in batches:
-        padded = len(batch) * max(LENGTHS[i] for i in batch)
-        assert padded <= budget or len(batch) == 1
-        # Rows of a micro-batch are of similar length: no row is mostly padding.
-        assert min(LENGTHS[i] for i in batch) >= 0.75 * max(LENGTHS[i] for i in batch)
+        packed, _ = pack([sequences[i] for i in batch])
+        assert len(packed.tokens_U) <= budget or len(batch) == 1
 
 
-def test_plan_by_hand():
-    # 60 and 55 fit into 130; 31, 30 and 29 into 93; 8, 7 and 6 stand within 3/4 of 8; 5 and 5 are left.
-    assert plan(LENGTHS, 130) == [[1, 6], [3, 4, 9], [5, 2, 7], [0, 8]]
+def test_plan_counts_a_common_beginning_once_and_bounds_what_attention_holds():
+    # Ten tokens in common, one of one's own: 10 + n tokens are computed for n sequences, 11 n held by attention.
+    sequences = [np.array([*range(10), 50 + k]) for k in range(12)]
+    assert [len(b) for b in plan(sequences, 15)] == [5, 5, 2]  # 15 computed each
+    assert [len(b) for b in plan(sequences, 22)] == [8, 4]  # 88 held each, not 12 for 22 computed
+    assert plan(sequences[::-1], 15)[0] == [11, 10, 9, 8, 7]  # neighbours in the tree, whatever order they came in
     assert plan([], 100) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_balance_covers_all_and_is_even(ranks):
+def test_balance_covers_all_in_order_and_is_even(ranks):
     lengths = np.random.default_rng(0).integers(5, 300, 100).tolist()
     shares = balance(lengths, ranks)
-    assert sorted(i for share in shares for i in share) == list(range(100))
+    assert [i for share in shares for i in share] == list(range(100))
     loads = [sum(lengths[i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= max(lengths)
-    assert max(loads) <= 1.05 * sum(lengths) / ranks
+    assert max(loads) - min(loads) <= 2 * max(lengths)
+    assert max(loads) <= sum(lengths) / ranks + max(lengths)
 
 
 def test_balance_with_more_ranks_than_rows_leaves_some_empty():
