@@ -155,10 +155,10 @@ class Engine:
         self._swap: _Swap | None = None
         self._next_id = 0
         self._error: BaseException | None = None
-        self._llm = LLMEngine.from_engine_args(_engine_args(model_path, options))
-        assert not self._llm.vllm_config.scheduler_config.async_scheduling
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(model_path, started), name="engine", daemon=True)
         self._thread.start()
+        started.result()
 
     # -- called from outside -------------------------------------------------------------------------------------
 
@@ -218,7 +218,16 @@ class Engine:
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, model_path: str, started: Future[None]) -> None:
+        try:
+            # Made in the thread that steps it. Each thread that computes gets OpenMP workers of its own; with more of
+            # them than cores, libgomp puts them to sleep between any two operations: a third of a step on CPU.
+            self._llm = LLMEngine.from_engine_args(_engine_args(model_path, self._options))
+            assert not self._llm.vllm_config.scheduler_config.async_scheduling
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
         try:
             while self._take_commands():
                 if self._swap is not None and (self._swap.policy == "continue" or not self._running):

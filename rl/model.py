@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rl.batch import Packed, Sample, collate, pack, plan, trained_positions
 from rl.trajectory import Trajectory
@@ -98,10 +99,15 @@ _SHORT = 256
 """Tokens: the scores of longer rows are never held at once."""
 
 
+_LOGITS_HELD = {True: 1 << 24, False: 1 << 28}
+"""Logits at a time, on CPU or not: 64 MiB and 1 GiB of float32, of which four are alive in the backward pass."""
+
+
 class TokenScorer(nn.Module):
     """A causal LM whose forward pass returns log-probs of tokens instead of logits.
 
-    The output head runs only at the N positions that are asked for, so the [U, V] logits are never held.
+    The output head runs only at the N positions that are asked for, and on a part of them at a time, once more in the
+    backward pass: nothing of [U, V] is ever held, and of [N, V] only a part.
     """
 
     def __init__(self, lm: Any):
@@ -118,10 +124,25 @@ class TokenScorer(nn.Module):
         hidden_1UD = self.lm.base_model(
             input_ids=packed.tokens_U[None], position_ids=packed.positions_U[None], use_cache=False, packed=packed
         ).last_hidden_state
-        logits_NV = self.lm.get_output_embeddings()(F.embedding(before_N, hidden_1UD[0])).float()
+        picked_ND = F.embedding(before_N, hidden_1UD[0])
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        rows = max(1, _LOGITS_HELD[picked_ND.device.type == "cpu"] // vocabulary)
+        if len(targets_N) <= rows:
+            return self._score(picked_ND, targets_N, temperature)
+        parts = [
+            checkpoint(self._score, picked, targets, temperature, use_reentrant=False)
+            for picked, targets in zip(picked_ND.split(rows), targets_N.split(rows), strict=True)
+        ]
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _score(self, picked_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits_NV = self.lm.get_output_embeddings()(picked_ND).float()
         if self._cap is not None:
             logits_NV = self._cap * torch.tanh(logits_NV / self._cap)
-        log_softmax_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+        if temperature != 1:
+            logits_NV = logits_NV / temperature
+        log_softmax_NV = torch.log_softmax(logits_NV, dim=-1)
         logprobs_N = log_softmax_NV.gather(-1, targets_N[:, None]).squeeze(-1)
         with torch.no_grad():
             entropy_N = -(log_softmax_NV.exp() * log_softmax_NV).sum(-1)

@@ -19,7 +19,7 @@ from rl.metrics import read_lines
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-WARM_UP = 1  # the first step pays for what is compiled and cached once
+WARM_UP = 2  # the first steps pay for what is compiled, cached and faulted in once
 SHORT = ["stages.0.n=8", "stages.1.steps=500", "stages.2.n=8", "stages.3.steps=6", "stages.4.n=8"]
 
 Row = tuple[str, float, str]

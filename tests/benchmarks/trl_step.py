@@ -24,7 +24,7 @@ from rl.env import World
 from rl.pretrained import find_model
 from rl.task import TaskStream
 
-WARM_UP = 1
+WARM_UP, STEPS = 1, 4
 
 
 class Clock(TrainerCallback):
@@ -42,7 +42,7 @@ def main() -> None:
     config = load_config(sys.argv[1])
     stage = next(s for s in config.stages if isinstance(s, RlStage))
     world = World(config.env, config.run.seed)
-    tasks = TaskStream(world.source, "train").next(stage.tasks_per_step * stage.steps)
+    tasks = TaskStream(world.source, "train").next(stage.tasks_per_step * STEPS)
     prompts = [list(asyncio.run(world.env().reset(t)).messages) for t in tasks]
     lengths: list[int] = []
 
@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         episodes = stage.tasks_per_step * stage.algo.group_size
         arguments = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=True, beta=0.0, learning_rate=stage.lr, max_steps=stage.steps,
+            output_dir=folder, use_cpu=True, bf16=True, beta=0.0, learning_rate=stage.lr, max_steps=STEPS,
             per_device_train_batch_size=episodes, num_generations=stage.algo.group_size, gradient_accumulation_steps=1,
             max_completion_length=config.rollout.max_turn_tokens, temperature=config.rollout.temperature,
             gradient_checkpointing=False, save_strategy="no", report_to=[], logging_steps=1,
@@ -65,7 +65,7 @@ def main() -> None:
             train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]), callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    per_step = len(lengths) // stage.steps
+    per_step = len(lengths) // STEPS
     seconds = clock.marks[-1] - clock.marks[WARM_UP]
     tokens = sum(lengths[WARM_UP * per_step :])
     print(json.dumps({"tokens_per_second": tokens / seconds, "length": tokens / (len(lengths) - WARM_UP * per_step)}))

@@ -22,13 +22,14 @@ def sharing(make_trajectory):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
 def test_packing_changes_no_logprob_and_no_entropy(
-    tiny_lm, plain_lm, make_trajectory, monkeypatch, temperature, short
+    tiny_lm, plain_lm, make_trajectory, monkeypatch, temperature, whole
 ):
     """Packed, scored at the trained positions, against the raw model's full softmax, one row at a time."""
-    if not short:
+    if not whole:
         monkeypatch.setattr("rl.model._SHORT", 0)  # the kernel for long rows
+        monkeypatch.setattr("rl.model._LOGITS_HELD", {True: 350})  # the head at 7 positions at a time
     trajectories = sharing(make_trajectory)
     micro = collate([Sample(t, 1.0) for t in trajectories])
     with torch.no_grad():
