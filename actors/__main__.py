@@ -1,5 +1,5 @@
 """`python -m actors` is the `repertory` command."""
 
-from actors.cli import main
+from actors.cli import entry
 
-main()
+entry()

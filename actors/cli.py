@@ -1,7 +1,10 @@
 """The `repertory` command."""
 
+import os
+import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -111,3 +114,22 @@ def main() -> None:
     if failed is not None:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(failed))}", highlight=False)
         raise SystemExit(2)
+
+
+def entry() -> NoReturn:
+    """The console script: `main`, and out. The interpreter's own end is skipped.
+
+    Ray's, Arrow's and torch's native threads are torn down there in no order: now and then the process aborted after
+    all was done, and a finished run's exit code was 134.
+    """
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
