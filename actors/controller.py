@@ -31,7 +31,7 @@ from rl.algo.advantage import batch_advantages
 from rl.algo.schedule import learning_rate
 from rl.batch import mini_batches
 from rl.checkpoint import State
-from rl.config import Config, EvalStage, RlStage, SftStage
+from rl.config import Config, EvalStage, RlStage, SftStage, TrainingStage
 from rl.config_file import dump_config
 from rl.demonstration import draw_batch
 from rl.env import World
@@ -257,7 +257,7 @@ class Controller(Role):
             raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1][1]}")
         return played
 
-    async def _begin(self, stage: SftStage | RlStage) -> None:
+    async def _begin(self, stage: TrainingStage) -> None:
         """A fresh optimizer, unless the stage goes on from a checkpoint inside it."""
         await self._company.all_ranks("begin_stage", self._state.stage_step == 0, stage.adam_eps)
 
@@ -306,7 +306,7 @@ class Controller(Role):
         self._sinks.metrics(line)
         self._latest = metrics
 
-    def _lr(self, stage: SftStage | RlStage, step: int) -> float:
+    def _lr(self, stage: TrainingStage, step: int) -> float:
         return learning_rate(
             step, base=stage.lr, total=stage.steps, warmup=stage.warmup_steps, schedule=stage.schedule
         )

@@ -33,7 +33,7 @@ class Packed:
     task do and all tasks of one system prompt, share the states of that beginning. The U tokens are those of the
     prefix tree of the sequences. tokens_U, positions_U: int64.
     rows: sequences of similar length, as int64 [B, L] of indices into U, padded on the right with any index.
-    home_U: where token u stands among the positions of all rows, laid end to end: its first appearance.
+    home_U: a place of token u among the positions of all rows, laid end to end. It may have several, all alike.
     """
 
     tokens_U: Tensor

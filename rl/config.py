@@ -201,14 +201,23 @@ class Demonstrations(Strict):
     guess_fraction: float = Field(default=0.0, ge=0, le=1)
 
 
-class SftStage(Strict):
-    kind: Literal["sft"]
+class TrainingStage(Strict):
+    """What every stage that changes the weights has."""
+
     steps: PositiveInt
+    lr: float = Field(default=1e-4, gt=0)
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Far above a gradient's size, Adam moves along the gradient: weights that hold only noise then stay put."""
+
+
+class SftStage(TrainingStage):
+    kind: Literal["sft"]
     batch_size: PositiveInt = 64
     lr: float = Field(default=1e-3, gt=0)
     warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine"] = "cosine"
-    adam_eps: float = Field(default=1e-8, gt=0)
     demonstrations: Demonstrations = Demonstrations()
 
 
@@ -255,15 +264,9 @@ class GrpoConfig(Strict):
         return self
 
 
-class RlStage(Strict):
+class RlStage(TrainingStage):
     kind: Literal["rl"]
-    steps: PositiveInt
     tasks_per_step: PositiveInt = 32
-    lr: float = Field(default=1e-4, gt=0)
-    warmup_steps: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    adam_eps: float = Field(default=1e-8, gt=0)
-    """Far above a gradient's size, Adam moves along the gradient: weights that hold only noise then stay put."""
     checkpoint_every: NonNegativeInt = 0
     algo: GrpoConfig = GrpoConfig()
 

@@ -73,11 +73,11 @@ def packed_attention(
 
 
 def _causal(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """[B, H, L, D]. On CPU short rows are computed as they are written: torch's fused kernel is slower there."""
+    """[B, H, L, D]. On CPU few short rows are computed as one writes it: torch's fused kernel is slower there."""
     batch, heads, length, dim = q_BHLD.shape
     if window is not None and window >= length:
         window = None
-    if q_BHLD.device.type == "cpu" and length <= _SHORT:
+    if q_BHLD.device.type == "cpu" and batch * heads * length**2 <= _SCORES_HELD:
         kv_heads = k_BKLD.shape[1]
         banned_LL = torch.full((length, length), -torch.inf).triu(1)
         if window is not None:
@@ -95,8 +95,8 @@ def _causal(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scale: float | None,
     )
 
 
-_SHORT = 256
-"""Tokens: the scores of longer rows are never held at once."""
+_SCORES_HELD = 1 << 22
+"""16 MiB of float32 a layer; the scores of more or longer rows are never held."""
 
 
 _LOGITS_HELD = {True: 1 << 24, False: 1 << 28}

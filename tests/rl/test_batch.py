@@ -28,7 +28,7 @@ def test_packing_changes_no_logprob_and_no_entropy(
 ):
     """Packed, scored at the trained positions, against the raw model's full softmax, one row at a time."""
     if not whole:
-        monkeypatch.setattr("rl.model._SHORT", 0)  # the kernel for long rows
+        monkeypatch.setattr("rl.model._SCORES_HELD", 0)  # the kernel for long rows
         monkeypatch.setattr("rl.model._LOGITS_HELD", {True: 350})  # the head at 7 positions at a time
     trajectories = sharing(make_trajectory)
     micro = collate([Sample(t, 1.0) for t in trajectories])
@@ -53,7 +53,7 @@ def test_a_sliding_window_is_kept(make_trajectory, monkeypatch, short):
     from transformers import MistralConfig, MistralForCausalLM
 
     if not short:
-        monkeypatch.setattr("rl.model._SHORT", 0)
+        monkeypatch.setattr("rl.model._SCORES_HELD", 0)
     torch.manual_seed(0)
     small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, sliding_window=4)

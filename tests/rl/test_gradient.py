@@ -116,6 +116,16 @@ def test_the_gradient_is_that_of_the_formula(tiny_lm, plain_lm, samples, monkeyp
     assert metrics["actor/clip_fraction"] == pytest.approx(clipped / tokens)
 
 
+def test_gradient_checkpointing_changes_no_gradient(tiny_lm, samples):
+    algo = algorithm()
+    plain, _, _ = gradient(tiny_lm, samples(algo), grpo_objective(algo))
+    tiny_lm.train()  # transformers checkpoints in training only
+    tiny_lm.gradient_checkpointing_enable()
+    recomputed, _, _ = gradient(tiny_lm, samples(algo), grpo_objective(algo))
+    assert tiny_lm.is_gradient_checkpointing
+    assert torch.allclose(recomputed.gradient, plain.gradient, atol=1e-5)
+
+
 def test_fillers_change_nothing(tiny_lm, samples):
     """Ranks with fewer micro-batches run fillers to keep collectives in step; no gradient, no metric may notice."""
     algo = algorithm()
