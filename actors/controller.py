@@ -228,7 +228,7 @@ class Controller(Role):
             "time_s": time.perf_counter() - self._born,
         }
         self._sinks.evaluation(line)
-        self._latest = {"success": sampled.success, "success_greedy": greedy.success if greedy else float("nan")}
+        self._latest = {"success": sampled.success} | ({"success_greedy": greedy.success} if greedy else {})
         self._stage_step = 1
         log.info("evaluation of %s: %s", self._trained, line)
 
