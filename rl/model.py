@@ -27,9 +27,10 @@ def use_packed_attention(lm: Any) -> None:
     """Every attention layer of `lm` sees packed rows from now on. Raises ValueError where a layer cannot."""
     from transformers import AttentionInterface
 
-    strange = set(getattr(lm.config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if strange or not lm._supports_attention_backend:
-        what = f"layers of {', '.join(sorted(strange))}" if strange else "an attention that cannot be exchanged"
+    kinds = getattr(lm.config.get_text_config(), "layer_types", None) or []
+    strange = set(kinds) - {"full_attention", "sliding_attention"}
+    if strange or lm._is_stateful or not lm._supports_attention_backend:
+        what = f"layers of {', '.join(sorted(strange))}" if strange else "a state, or an attention of its own kind"
         raise ValueError(f"{type(lm).__name__} has {what}: episodes packed behind a common beginning would mix in it")
     AttentionInterface.register(ATTENTION, packed_attention)
     lm.set_attn_implementation(ATTENTION)
@@ -51,10 +52,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: causal attention within each row of `packed`. Returns [1, U, H, D].
 
-    Raises NotImplementedError on capped scores and on attention sinks.
+    Raises ValueError on capped scores and on attention sinks.
     """
     if softcap is not None or s_aux is not None:
-        raise NotImplementedError(f"{type(module).__name__} caps its scores or has attention sinks: not packed yet")
+        raise ValueError(f"{type(module).__name__} caps its scores or has attention sinks: not packed yet")
     (heads, unique, dim), kv_heads = query_1HUD.shape[1:], key_1KUD.shape[1]
     dtype = query_1HUD.dtype
     # Gradients of a shared token are summed over its rows; bfloat16 would lose the small ones on CPU.

@@ -82,7 +82,7 @@ def sync_rows(run: Path) -> list[Row]:
 
 
 def trl_rows(run: Path) -> list[Row]:
-    """Whole-step completion tokens a second against TRL's GRPOTrainer, one after the other, twice."""
+    """Whole-step completion tokens a second against TRL's GRPOTrainer, one after the other."""
     theirs = script("trl_step.py", "configs/bench_smollm2.yaml")
     ours = mean(s["perf/tokens_per_second"] for s in steps_of(run))
     length = mean(s["response_length/mean"] for s in steps_of(run))
