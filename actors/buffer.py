@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.role import Role
+from rl.config_algo import AlgoConfig
+from rl.config_stage import ExampleStage
+from rl.credit import Columns, GroupFacts, assign_credit
 from rl.episode import Episode, GroupRequest
 from rl.policy import Sampling
 from rl.reward import Score
@@ -55,9 +58,9 @@ class Played:
 class Buffer(Role):
     role = "buffer"
 
-    def __init__(self, workers: Sequence[Any], rewards: Sequence[Any], success_at: float):
+    def __init__(self, workers: Sequence[Any], rewards: Sequence[Any]):
         super().__init__()
-        self._workers, self._rewards, self._success_at = list(workers), list(rewards), success_at
+        self._workers, self._rewards = list(workers), list(rewards)
         self._next_worker = itertools.cycle(range(len(self._workers)))
         self._next_reward = itertools.cycle(range(len(self._rewards)))
         self._replayed, self._reward_s = 0, 0.0
@@ -108,7 +111,7 @@ class Buffer(Role):
     async def demonstrations(
         self, tasks: Sequence[Task], guess_fraction: float, chunk: int = 256
     ) -> list[Any]:
-        """Refs of lists of demonstration trajectories, played by the workers' scripted policy."""
+        """Refs of lists of examples: demonstrations, played by the workers' scripted policy."""
         parts = [tasks[i : i + chunk] for i in range(0, len(tasks), chunk)]
         refs = [
             self._workers[i % len(self._workers)].demonstrate.remote(part, guess_fraction)
@@ -120,18 +123,55 @@ class Buffer(Role):
             self.progress = (self.progress[0] + 1, len(refs))
         return refs
 
-    async def encoded_rows(self, path: str) -> list[Any]:
-        return [self._workers[0].encode_rows.remote(path)]
+    async def encoded_rows(self, path: str, pairs: bool) -> list[Any]:
+        """Refs of lists of examples, from a file of one's own."""
+        return [self._workers[0].encode_rows.remote(path, pairs)]
+
+    async def build(
+        self, stage: ExampleStage, round_number: int, groups: Sequence[Group], again: Mapping[int, Group]
+    ) -> tuple[list[Any], dict[str, int]]:
+        """Refs of the examples that a round trains on, and how many came from each source. again: see the worker's."""
+        tasks = [g.request.task for g in groups]
+        sampled = [(g.episodes, g.scores) for g in groups]
+        repeated = {i: (g.episodes, g.scores) for i, g in again.items()}
+        worker = self._workers[0]
+        examples, sources = worker.build.options(num_returns=2).remote(stage, round_number, tasks, sampled, repeated)
+        return [examples], await sources
+
+    async def credit(
+        self, groups: Sequence[Group], facts: Sequence[GroupFacts], algo: AlgoConfig, max_length: int,
+        kl_coefficient: float, scorings: Sequence[Sequence[Any]],
+    ) -> tuple[list[list[Columns]], list[list[float]]]:  # fmt: skip
+        """The groups' columns (rl/credit.py), and each episode's mean advantage. Two return values.
+
+        scorings: each a list of n refs, of which the i-th holds the columns of every n-th group from i on.
+        """
+        self._calls["credit"] += 1
+        trajectories: list[list[Trajectory]] = [await g.trajectories for g in groups]
+        scored: list[list[dict[str, Any]]] = [[{} for _ in group] for group in trajectories]
+        for refs in scorings:
+            parts = [await ref for ref in refs]
+            for g, columns in enumerate(scored):
+                for known, more in zip(columns, parts[g % len(parts)][g // len(parts)], strict=True):
+                    known.update(more)
+        columns = assign_credit(
+            trajectories, facts, algo, max_length=max_length, kl_coefficient=kl_coefficient, scored=scored
+        )
+        means = [
+            [float(c["advantages"].sum() / max(1, t.loss_mask.sum())) for c, t in zip(group, known, strict=True)]
+            for group, known in zip(columns, trajectories, strict=True)
+        ]
+        return columns, means
 
     async def write(self, path: str, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> None:
-        """The groups as one Parquet file, a row an episode."""
+        """The groups as one Parquet file, a row an episode. advantages: the mean over each episode's tokens."""
         self._calls["write"] += 1
         rows = []
         for group, values in zip(groups, advantages, strict=True):
             episodes: list[Episode] = await group.episodes
             trajectories: list[Trajectory] = await group.trajectories
             for e, t, s, a in zip(episodes, trajectories, group.scores, values, strict=True):
-                rows.append(to_row(e, t, s, a, s.total >= self._success_at))
+                rows.append(to_row(e, t, s, a))
         await asyncio.to_thread(write_parquet, Path(path), rows)
 
     async def sample_rows(self, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
@@ -140,7 +180,7 @@ class Buffer(Role):
         for group in groups[:count]:
             episode, trajectory = (await group.episodes)[0], (await group.trajectories)[0]
             score = group.scores[0]
-            rows.append(to_row(episode, trajectory, score, 0.0, score.total >= self._success_at))
+            rows.append(to_row(episode, trajectory, score, 0.0))
         return rows
 
     async def where(self) -> tuple[int, int]:

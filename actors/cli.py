@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -97,6 +97,60 @@ def view(
     from actors.view import show_run
 
     show_run(run, console, episodes=episodes, success=success, step=step, flag=flag, tokens=tokens)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist, or be empty")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Checkpoints of one architecture: checkpoint folders, run folders (their newest one), or any model in "
+            "Hugging Face format. The first gives tokenizer, chat template, configuration and dtype",
+        ),
+    ],
+    method: Annotated[
+        Literal["uniform", "greedy", "lines"],
+        typer.Option(
+            help="uniform: the mean of the weights. greedy: from the best alone downwards, each joins the mean if "
+            "held-out success strictly rises. lines: changes from --base, scaled up with depth."
+        ),
+    ] = "uniform",
+    base: Annotated[
+        str | None, typer.Option(help="lines: the model that was trained from, as a CHECKPOINT or as model.path.")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="lines: the first block's factor. Default: 1 over the number of checkpoints; one needs it."),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="lines: what is added to the factor up to the last block. Default: 1 - alpha, the change whole; with "
+            "several, try 0.1 to 1 on held-out tasks."
+        ),
+    ] = None,
+    eval_n: Annotated[
+        int | None,
+        typer.Option(min=1, help="greedy: held-out tasks a score. Default: what the first one's eval stage has."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the merged weights. Default: as the first has.")
+    ] = None,
+) -> None:
+    """Merge checkpoints of one architecture into one: the mean of several seeds, or SFT's and RL's best of both.
+
+    Example:  repertory merge runs/soup runs/seed-0 runs/seed-1 runs/seed-2 --method greedy --eval-n 200
+
+    uniform and greedy are model soups (arXiv 2203.05482), lines is LiNeS (arXiv 2410.17146). Means are taken in
+    float32, a tensor at a time. A greedy soup of N takes 2 N - 1 evaluations on the first one's held-out tasks, each
+    with a run folder and a Ray of its own, like `repertory eval`.
+    """
+    from actors.merge import Merge
+    from actors.merge import merge as merge_checkpoints
+
+    merge_checkpoints(Merge(out, checkpoints, method, base, alpha, beta, eval_n, dtype), console)
 
 
 def main() -> None:

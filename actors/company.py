@@ -11,7 +11,7 @@ import ray
 
 from actors.buffer import Buffer
 from actors.generator import Generator, Loaded
-from actors.learner import LearnerRank, RlBatch, StepId, StepResult
+from actors.learner import LearnerRank, StepResult, What
 from actors.placement import Placement
 from actors.reference import Reference
 from actors.reward import Reward
@@ -70,7 +70,7 @@ class Company:
         if c.needs_reference:
             self.references = self._each(Reference, "reference", c.reference.count, c, self.device)
         buffer = ray.remote(Buffer).options(max_concurrency=_MANY_CALLS, **free)
-        self.buffer = buffer.remote(self.workers, self.rewards, c.reward.success_at)
+        self.buffer = buffer.remote(self.workers, self.rewards)
         rank = ray.remote(LearnerRank)
         self.ranks = [
             rank.options(**self.placement.options("learner", i)).remote(c, self.device, i)
@@ -100,32 +100,41 @@ class Company:
         actor = ray.remote(cls)
         return [actor.options(**self.placement.options(role, i)).remote(*arguments) for i in range(count)]
 
-    async def publish(self, version: int, step: int) -> Published:
-        return await self.store.publish.remote(version, step, self.ranks)
+    async def publish(self, version: int, step: int, what: What) -> Published:
+        return await self.store.publish.remote(version, step, self.ranks, what)
 
     async def load(self, version: int) -> list[Loaded]:
         """Every generator swaps to `version` and proves it; none gets work before it has."""
         return list(await asyncio.gather(*(g.load.remote(version) for g in self.generators)))
 
-    async def sft_step(self, step_id: StepId, indices: Sequence[int], lr: float) -> tuple[Sums, StepResult]:
-        return _combine(await asyncio.gather(*(r.sft_step.remote(step_id, indices, lr) for r in self.ranks)))
+    async def step(self, method: str, *arguments: Any) -> tuple[Sums, StepResult]:
+        """One optimizer step of every rank: `example_step` or `rl_step`."""
+        return _combine(await self.all_ranks(method, *arguments))
 
-    async def rl_step(self, step_id: StepId, batch: RlBatch, lr: float) -> tuple[Sums, StepResult]:
-        return _combine(await asyncio.gather(*(r.rl_step.remote(step_id, batch, lr) for r in self.ranks)))
-
-    async def reference_logprobs(self, groups: Sequence[Any], temperature: float) -> Any:
-        """A ref of float32 [T] arrays, groups x samples; the groups are shared out over the replicas."""
+    async def reference_columns(self, groups: Sequence[Any], temperature: float) -> list[Any]:
+        """Refs of {"reference": float32 [T]} of each trajectory; the i-th of n has every n-th group from i on."""
         count = len(self.references)
-        shares = [list(groups[i::count]) for i in range(count)]
-        parts = [
-            reference.logprobs.remote(share, temperature)
-            for reference, share in zip(self.references, shares, strict=True)
-        ]
-        if count == 1:
-            await asyncio.to_thread(ray.wait, parts, fetch_local=False)
-            return parts[0]
-        answers = await asyncio.gather(*parts)
-        return ray.put([answers[g % count][g // count] for g in range(len(groups))])
+        refs = [r.columns.remote(list(groups[i::count]), temperature) for i, r in enumerate(self.references)]
+        await asyncio.to_thread(ray.wait, refs, num_returns=count, fetch_local=False)
+        return refs
+
+    async def learner_columns(self, groups: Sequence[Any], temperature: float, wanted: Sequence[str]) -> list[Any]:
+        """The same by the learner's ranks: proximal, values, or the reference with the adapter off."""
+        refs = [rank.score.remote(list(groups), temperature, wanted) for rank in self.ranks]
+        await asyncio.to_thread(ray.wait, refs, num_returns=len(refs), fetch_local=False)
+        return refs
+
+    async def reference_examples(self, examples: Sequence[Any]) -> list[Any]:
+        """Refs of the reference's log-probs of the examples; the i-th of n has every n-th example from i on."""
+        count = len(self.references)
+        return [r.example_logprobs.remote(list(examples), i, count) for i, r in enumerate(self.references)]
+
+    async def use_reward_model(self, path: str) -> None:
+        await asyncio.gather(*(r.load.remote(path) for r in self.rewards))
+
+    async def freeze(self, path: str) -> None:
+        """The reference actors are from now on the model at `path`."""
+        await asyncio.gather(*(r.load.remote(path) for r in self.references))
 
     async def all_ranks(self, method: str, *arguments: Any) -> list[Any]:
         return list(await asyncio.gather(*(getattr(r, method).remote(*arguments) for r in self.ranks)))

@@ -1,12 +1,14 @@
 """The generator: vLLM in the actor's own process, versioned weights from the store, every load proven by log-probs."""
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,12 @@ from actors.generator_pool import Answers, AskedTurn
 from actors.role import Role
 from rl.config import Config
 from rl.policy import Completion
+from rl.weights import Manifest, unpack
 
 UNPUBLISHED = -1
 """The version of an engine that has loaded nothing from the store: its own file's weights are nobody's version."""
 
+_MEMORY = Path("/dev/shm")
 _LINGER_S = 0.01
 """A step of training starts with many prompts, one after the other."""
 
@@ -73,16 +77,20 @@ class Generator(Role):
         super().__init__()
         self._config, self._device, self._store, self._namespace = config, device, store, namespace
         self._outgoing: dict[str, _Outgoing] = {}
+        self._holds: int | None = None
+        """The version of the whole weights in the engine, without an adapter."""
         from actors import transfer  # imports vLLM, which takes seconds: here, and only in this process
 
         self._transfer = transfer
 
     async def open(self, model_path: str) -> None:
         """Start the engine on a model folder."""
-        from rl.engine import Engine, EngineOptions
+        from rl.engine import Engine
+        from rl.engine_options import EngineOptions
 
         self._transfer.register()
-        config, g = self._config, self._config.generator
+        self._model_path = model_path
+        config, g, lora = self._config, self._config.generator, self._config.learner.lora
         self._engine = Engine(
             model_path,
             EngineOptions(
@@ -98,6 +106,8 @@ class Generator(Role):
                 linger_s=_LINGER_S,
                 sleep_mode=config.placement.time_share,
                 transfer=self._transfer.NAME,
+                lora_rank=lora.rank if lora and lora.publish == "adapter" else None,
+                lora_targets=lora.targets if lora else "all-linear",
             ),
             version=UNPUBLISHED,
         )
@@ -139,12 +149,15 @@ class Generator(Role):
         self._calls["load"] += 1
         started = time.perf_counter()
         store = self._weights()
-        manifest = await store.pin.remote(version)
+        chosen: Any = policy or self._config.generator.swap
+        manifest: Manifest = await store.pin.remote(version)
         try:
-            where = {"store": self._store, "namespace": self._namespace, "version": version}
-            updates = [{**where, "bucket": i} for i in range(len(manifest.buckets))]
-            swapped = self._engine.load(version, updates, policy or self._config.generator.swap)  # type: ignore[arg-type]
-            await asyncio.wrap_future(swapped)
+            if manifest.base is None:
+                await self._load_weights(manifest, chosen)
+            else:
+                if manifest.base != self._holds:  # a generator that starts late, or again
+                    await self._load_weights(await store.manifest.remote(manifest.base), chosen)
+                await self._load_adapter(manifest, chosen)
         finally:
             await store.unpin.remote(version)
         loaded = time.perf_counter()
@@ -159,6 +172,26 @@ class Generator(Role):
                 f"weights.probe_bound = {bound:g}: the engine does not compute with the weights that were published"
             )
         return Loaded(version, loaded - started, time.perf_counter() - loaded, mean, largest)
+
+    async def _load_weights(self, manifest: Manifest, policy: Any) -> None:
+        where = {"store": self._store, "namespace": self._namespace, "version": manifest.version}
+        updates = [{**where, "bucket": i} for i in range(len(manifest.buckets))]
+        await asyncio.wrap_future(self._engine.load(manifest.version, updates, policy))
+        self._holds = manifest.version
+
+    async def _load_adapter(self, manifest: Manifest, policy: Any) -> None:
+        """By way of a folder in memory, which is where vLLM takes adapters from."""
+        from rl.adapter import write_adapter
+
+        lora = self._config.learner.lora
+        assert lora is not None, "only a learner with LoRA publishes adapters"
+        tensors = {}
+        for i, bucket in enumerate(manifest.buckets):
+            _, ref = await self._weights().bucket.remote(manifest.version, i)
+            tensors |= dict(unpack(bucket, await ref, manifest.dtype))
+        with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
+            write_adapter(folder, tensors, lora, self._model_path)
+            await asyncio.wrap_future(self._engine.load_adapter(manifest.version, folder, policy))
 
     def _weights(self) -> Any:
         return ray.get_actor(self._store, namespace=self._namespace)

@@ -102,7 +102,8 @@ def evaluation_config(what: Path, overrides: list[str]) -> Config:
 
     Raises ConfigError when `what` is none of them.
     """
-    from rl.config import EvalStage, ModelConfig
+    from rl.config import ModelConfig
+    from rl.config_stage import EvalStage
 
     if what.is_file():
         base, model = load_config(what), None

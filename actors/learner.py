@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,37 +12,31 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import torch
-from torch import Tensor
 
+from actors.deepspeed_trainer import DeepSpeedTrainer
+from actors.learner_batch import Drawn, Held, RlBatch, example_samples, with_masked_thoughts
 from actors.role import Role
-from rl.batch import MicroBatch, Sample, balance
-from rl.config import Config, GrpoConfig
+from rl import adapter
+from rl.algo.preference import kto_kl
+from rl.batch import Sample
+from rl.config import Config
+from rl.config_stage import ExampleStage, PreferenceStage, RewardModelStage, RlStage, SftStage, TrainingStage
+from rl.credit import Columns
 from rl.env import World
-from rl.gradient import Objective, Sums, grpo_objective, optimizer_step, sft_objective, weigh
-from rl.model import TokenScorer, load_causal_lm, sequence_logprobs
+from rl.gradient import optimizer_step
+from rl.model import LogprobHead, TokenScorer, ValueScorer, frozen_scores, load_causal_lm, sequence_logprobs
+from rl.objective import Objective, PolicyGradient, Sums, ValueRegression, WithAuxiliary, add_sums, example_objective
+from rl.param_filter import trainable
 from rl.pretrained import load_tokenizer, prepare_model
+from rl.task import derive_seed
 from rl.trajectory import Trajectory
 from rl.weights import Manifest, checksum, pack, plan_buckets
 
 StepId = tuple[int, int, int]
 """(stage, step, optimizer step within it): asking for the same one again returns the first answer."""
 
-
-@dataclass(frozen=True)
-class RlBatch:
-    """One optimizer step's trajectories, by reference: `groups[g]` is a ref of a list, `chosen` picks (g, sample).
-
-    lengths[g][s] = (tokens, trained tokens), so that ranks can share the work out before they fetch anything.
-    references[g] is a list of float32 [T] or the batch has none.
-    """
-
-    groups: Sequence[Any]
-    lengths: Sequence[Sequence[tuple[int, int]]]
-    advantages: Sequence[Sequence[float]]
-    chosen: Sequence[tuple[int, int]]
-    references: Any | None
-    algo: GrpoConfig
-    temperature: float
+What = Literal["all", "base", "adapter"]
+"""What is published: the weights, an adapter merged in; without it; or it alone, for who has the base."""
 
 
 @dataclass(frozen=True)
@@ -49,54 +44,6 @@ class StepResult:
     sums: Sums
     token_budget: int
     seconds: float
-
-
-class DeepSpeedTrainer:
-    """rl.gradient's Trainer over a DeepSpeed engine. Gradients are summed over ranks: weights carry the denominator."""
-
-    def __init__(self, engine: Any, device: str, world: int, zero_stage: int, clip_here: float | None):
-        self.engine, self.device, self._world = engine, device, world
-        self._norm: float | None = None
-        if clip_here is not None:
-            # Without a ZeRO or bf16 optimizer DeepSpeed clips, but tells nobody the norm: clip between its gradient
-            # reduction and the optimizer's step.
-            parameters = list(engine.module.parameters())
-
-            def clip(*_: Any) -> None:
-                self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_here))
-
-            engine.optimizer.register_step_pre_hook(clip)
-        # From stage 2 on every backward pass runs collectives: one rank cannot start again on its own.
-        self.can_retry = world == 1 or zero_stage < 2
-
-    def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.engine(micro.packed, micro.before_N, micro.targets_N, temperature)
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss * self._world)  # DeepSpeed averages over ranks
-
-    def step(self, lr: float) -> float:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.step()
-        norm = self._norm if self._norm is not None else self.engine.get_global_grad_norm()
-        assert norm is not None, "DeepSpeed reports the gradient's norm after a step"
-        return float(norm)
-
-    def zero_grad(self) -> None:
-        self.engine.zero_grad()
-        if hasattr(self.engine.optimizer, "zero_grad"):
-            self.engine.optimizer.zero_grad()
-
-    def any_rank(self, flag: bool) -> bool:
-        return self.largest(int(flag)) > 0
-
-    def largest(self, number: int) -> int:
-        if self._world == 1:
-            return number
-        value = torch.tensor([number], device=self.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-        return int(value.item())
 
 
 class LearnerRank(Role):
@@ -114,9 +61,12 @@ class LearnerRank(Role):
             deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
         self._deepspeed = deepspeed
         self._budget = config.learner.micro_batch_tokens
-        self._held: list[Trajectory] = []
+        self._held: list[Held] = []
+        self._before: list[Held] = []
         self._last: tuple[StepId, StepResult] | None = None
         self._packed: dict[int, np.ndarray] = {}
+        self._values: DeepSpeedTrainer | None = None
+        self._base_version: int | None = None
 
     # -- the group -----------------------------------------------------------------------------------------------
 
@@ -148,102 +98,225 @@ class LearnerRank(Role):
         )
         deepspeed.init_distributed("nccl" if self._device == "cuda" else "gloo", verbose=False)
         torch.manual_seed(self._config.run.seed)
-        lm = load_causal_lm(
-            model_path, self._config.learner_dtype, trust_remote_code=self._config.model.trust_remote_code
-        )
-        if c.gradient_checkpointing:
-            lm.gradient_checkpointing_enable()
+        lm = self._load(model_path)
+        if c.lora:
+            adapter.attach(lm, c.lora, seed=self._config.run.seed)
         self._tokenizer = load_tokenizer(model_path, trust_remote_code=self._config.model.trust_remote_code)
-        scorer = TokenScorer(lm).to(self._device)
-        if c.offload_optimizer:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        special = set(self._tokenizer.all_special_ids)
+        self._words = np.asarray([i for i in range(len(self._tokenizer)) if i not in special])
+        mask_token = getattr(self._tokenizer, "mask_token_id", None)
+        self._mask_token = self._tokenizer.pad_token_id if mask_token is None else mask_token
+        self._scorer = scorer = TokenScorer(lm).to(self._device)
+        self._policy = DeepSpeedTrainer(scorer, self._config, self._device)
 
-            adam: Any = DeepSpeedCPUAdam
-            optimizer: Any = adam(scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay)
-        else:
-            # fused: one pass over the weights instead of ten.
-            optimizer = torch.optim.AdamW(
-                scorer.parameters(), lr=0.0, betas=c.betas, weight_decay=c.weight_decay, fused=True
-            )
-        engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=deepspeed_config(self._config))
-        self._scorer = scorer
-        clip_here = c.grad_clip if clips_itself(self._config) else None
-        self._trainer = DeepSpeedTrainer(engine, self._device, c.count, c.zero_stage, clip_here)
+    def _load(self, path: str) -> Any:
+        lm = load_causal_lm(path, self._config.learner_dtype, trust_remote_code=self._config.model.trust_remote_code)
+        if self._config.learner.gradient_checkpointing:
+            lm.gradient_checkpointing_enable()
+        return lm
 
-    def begin_stage(self, fresh: bool, eps: float) -> None:
-        """A new stage starts with a fresh optimizer: moments of another objective would steer its first steps."""
-        optimizer = self._trainer.engine.optimizer
-        for group in optimizer.param_groups:
-            group["eps"] = eps
-        if fresh:
-            getattr(optimizer, "optimizer", optimizer).state.clear()
-        self._held = []
+    def begin_stage(self, index: int, stage: TrainingStage, start: str, resume: str | None) -> None:
+        """A fresh optimizer, and the value model that the stage trains.
 
-    # -- training ------------------------------------------------------------------------------------------------
+        start: the folder of the weights that the stage starts with; resume: a checkpoint inside the stage.
+        """
+        self._stage_index, self._stage = index, stage
+        if self._config.learner.lora and resume is None:
+            # What was learned becomes the base: with the adapter off, the model is the stage's start.
+            adapter.fold(self._scorer.lm, derive_seed("adapter", self._config.run.seed, index), self._gathered)
+            self._policy.take_weights()
+        self._policy.begin(stage.adam_eps, fresh=resume is None)
+        self._held, self._before, self._values = [], [], None
+        if isinstance(stage, RewardModelStage) or (isinstance(stage, RlStage) and stage.algo.critic):
+            scorer = ValueScorer(self._load(start)).to(self._device)
+            self._values = DeepSpeedTrainer(scorer, self._config, self._device)
+            self._values.begin(stage.adam_eps, fresh=True)
+            if resume:
+                self._values.engine.load_checkpoint(str(Path(resume) / "learner" / "values"), tag="state")
+        self._filter_parameters(0)
 
-    def hold(self, refs: Sequence[Any]) -> int:
-        """Keep demonstrations for the stage. Returns how many there are."""
-        self._held = [t for part in ray.get(list(refs)) for t in part if t.loss_mask[1:].any()]
+    @property
+    def _trainer(self) -> DeepSpeedTrainer:
+        """What the stage's examples train: the reward model in its stage, else the policy."""
+        if isinstance(self._stage, RewardModelStage):
+            assert self._values is not None
+            return self._values
+        return self._policy
+
+    def begin_round(self, number: int) -> None:
+        """Every round is a training of its own: fresh moments, and other parameters where the filter says so."""
+        self._trainer.begin(self._stage.adam_eps, fresh=True)
+        self._filter_parameters(number)
+
+    def _filter_parameters(self, number: int) -> None:
+        seed = derive_seed("param_filter", self._config.run.seed, self._stage_index)
+        named = self._trainer.engine.module.named_parameters()
+        shapes = {n.removeprefix("lm."): tuple(getattr(p, "ds_shape", p.shape)) for n, p in named if p.requires_grad}
+        self._trainer.train_only(trainable(shapes, self._stage.param_filter, seed=seed, round=number))
+
+    # -- training on examples ------------------------------------------------------------------------------------
+
+    def hold(self, refs: Sequence[Any], keep: bool) -> int:
+        """Take the round's examples; `keep`: those of before stay, as the round before. Returns how many there are."""
+        self._before = self._held if keep else []
+        examples = [e for part in ray.get(list(refs)) for e in part]
+        self._held = [Held(e) for e in examples if all(t.loss_mask[1:].any() for t in e.trajectories)]
         return len(self._held)
 
-    def sft_step(self, step_id: StepId, indices: Sequence[int], lr: float) -> StepResult:
-        lengths = [len(self._held[i]) for i in indices]
-        weights = weigh([int(self._held[i].loss_mask[1:].sum()) for i in indices], None)
-        mine = balance(lengths, self._config.learner.count)[self._rank]
-        samples = [Sample(self._held[indices[k]], weights[k]) for k in mine]
-        return self._step(step_id, samples, sft_objective, lr, 1.0)
+    def score_held(self, base: bool) -> list[list[np.ndarray]]:
+        """This rank's strided share of the held examples' log-probs: a reference.
 
-    def rl_step(self, step_id: StepId, batch: RlBatch, lr: float) -> StepResult:
-        weights = weigh([batch.lengths[g][s][1] for g, s in batch.chosen], batch.algo)
-        tokens = [batch.lengths[g][s][0] for g, s in batch.chosen]
-        mine = balance(tokens, self._config.learner.count)[self._rank]
-        needed = sorted({batch.chosen[k][0] for k in mine})
-        fetched = dict(zip(needed, ray.get([batch.groups[g] for g in needed]), strict=True))
-        references = ray.get(batch.references) if batch.references is not None else None
-        samples = []
-        for k in mine:
-            g, s = batch.chosen[k]
-            reference = references[g][s] if references else None
-            samples.append(Sample(fetched[g][s], weights[k], batch.advantages[g][s], reference))
-        return self._step(step_id, samples, grpo_objective(batch.algo), lr, batch.temperature)
+        base: with the adapter off, else under the weights as they are.
+        """
+        mine = self._held[self._rank :: self._config.learner.count] or self._held[:1]
+        flat = [t for h in mine for t in h.example.trajectories]
+        with self._base_alone() if base else nullcontext():
+            scored = iter(self._scored(self._policy, flat, LogprobHead()))
+        return [[next(scored) for _ in h.example.trajectories] for h in mine]
 
-    def _step(
-        self, step_id: StepId, samples: Sequence[Sample], objective: Objective, lr: float, temperature: float
-    ) -> StepResult:
+    def hold_references(self, parts: Sequence[Any]) -> None:
+        """parts: refs, the i-th of the references of every len(parts)-th held example from i on."""
+        shares = ray.get(list(parts))
+        self._held = [Held(h.example, shares[i % len(shares)][i // len(shares)]) for i, h in enumerate(self._held)]
+
+    def example_step(self, step_id: StepId, drawn: Drawn, step: int, lr: float) -> StepResult:
+        """step: within the round."""
+        held = [self._held[i] for i in drawn.now] + [self._before[i] for i in drawn.before]
+        stage, count = self._stage, self._config.learner.count
+        assert isinstance(stage, ExampleStage)
+
+        def run() -> Sums:
+            samples = example_samples(held, self._rank, count)
+            if isinstance(stage, SftStage) and stage.masked_thought:
+                samples = with_masked_thoughts(
+                    samples, stage, step, self._config.run.seed, self._words, self._mask_token
+                )
+            kl = self._kto_kl(held) if isinstance(stage, PreferenceStage) and stage.loss == "kto" else 0.0
+            objective = example_objective(stage, len(self._tokenizer), kl)
+            sums = self._optimize(self._trainer, samples, objective, lr)
+            return {**sums, "preference/kto_kl/max": kl} if kl else sums
+
+        return self._once(step_id, run)
+
+    def _kto_kl(self, held: Sequence[Held]) -> float:
+        """KTO's reference point, over the batch's mismatched trajectories on all ranks."""
+        mine = held[self._rank :: self._config.learner.count]
+        strange = [
+            (t, h.references[i])
+            for h in mine
+            for i, (t, label) in enumerate(zip(h.example.trajectories, h.example.labels, strict=True))
+            if not label and h.references is not None
+        ]
+        spare = held[0].example.trajectories[:1]
+        scored = self._scored(self._policy, [t for t, _ in strange] or spare, LogprobHead())
+        gains = [float((now - then).sum()) for now, (_, then) in zip(scored, strange, strict=False)]
+        total, number = self._policy.totals([sum(gains), len(gains)])
+        return kto_kl(total, int(number))
+
+    # -- training on groups --------------------------------------------------------------------------------------
+
+    def score(self, groups: Sequence[Any], temperature: float, wanted: Sequence[str]) -> list[list[Columns]]:
+        """This rank's strided share of the groups, [g][s], under the weights as they are.
+
+        wanted: proximal (log-probs), reference (log-probs with the adapter off), values (the critic's).
+        """
+        self._calls["score"] += 1
+        mine: list[list[Trajectory]] = ray.get(list(groups[self._rank :: self._config.learner.count]))
+        flat = [t for group in mine for t in group] or ray.get(groups[0])[:1]
+        columns: dict[str, list[np.ndarray]] = {}
+        for name in wanted:
+            if name == "values":
+                assert self._values is not None
+                columns[name] = self._scored(self._values, flat, None)
+            else:
+                with self._base_alone() if name == "reference" else nullcontext():
+                    columns[name] = self._scored(self._policy, flat, LogprobHead(temperature))
+        rows = iter([{name: columns[name][i] for name in wanted} for i in range(len(flat))])
+        return [[next(rows) for _ in group] for group in mine]
+
+    def rl_step(self, step_id: StepId, batch: RlBatch, lr: float, critic_lr: float | None) -> StepResult:
+        """lr 0: only the critic learns. critic_lr None: there is none."""
+
+        def run() -> Sums:
+            samples = batch.share(self._rank, self._config.learner.count)
+            sums: Sums = {}
+            if critic_lr is not None:
+                assert self._values is not None and batch.algo.critic is not None
+                valued = batch.for_critic(samples)
+                for _ in range(batch.algo.critic.epochs):
+                    objective = ValueRegression(batch.algo.critic.clip)
+                    found = self._optimize(self._values, valued, objective, critic_lr)
+                    norm = found.pop("actor/grad_norm/max")
+                    found.pop("tokens", None)
+                    sums = add_sums(sums, {**found, "critic/grad_norm/max": norm})
+            if lr or critic_lr is None:
+                policy: Any = PolicyGradient.of(batch.algo, batch.temperature, batch.kl_coefficient)
+                if self._stage.aux_loss:
+                    policy = WithAuxiliary(policy, self._stage.aux_loss)
+                sums = {**sums, **self._optimize(self._policy, samples, policy, lr)}
+            return sums
+
+        return self._once(step_id, run)
+
+    # -- what the steps share ------------------------------------------------------------------------------------
+
+    def _once(self, step_id: StepId, run: Any) -> StepResult:
         self._calls["step"] += 1
         if self._last is not None and self._last[0] == step_id:
             return self._last[1]
         started = time.perf_counter()
-        sums, self._budget = optimizer_step(
-            self._trainer, samples, objective, lr=lr, temperature=temperature, token_budget=self._budget
-        )
+        sums = run()
         result = StepResult(sums, self._budget, time.perf_counter() - started)
         self._last = (step_id, result)
         return result
 
+    def _optimize(self, trainer: DeepSpeedTrainer, samples: Sequence[Sample], objective: Objective, lr: float) -> Sums:
+        sums, self._budget = optimizer_step(trainer, samples, objective, lr=lr, token_budget=self._budget)
+        return sums
+
+    def _scored(self, trainer: DeepSpeedTrainer, trajectories: Sequence[Trajectory], head: Any) -> list[np.ndarray]:
+        trainer.engine.module.eval()
+        out = frozen_scores(trainer.engine, trajectories, head, self._budget, self._device, trainer.largest)
+        trainer.engine.module.train()
+        return out
+
     # -- publishing ----------------------------------------------------------------------------------------------
 
-    def prepare(self, version: int, step: int) -> tuple[Manifest, float]:
+    def prepare(self, version: int, step: int, what: What) -> tuple[Manifest, float]:
         """Pack this rank's buckets on the host and score the probe. Every rank, in the same order.
 
         Returns the manifest (checksums not yet filled in) and the probe's seconds. Training may go on afterwards.
         """
         self._calls["publish"] += 1
         lm, dtype, count = self._scorer.lm, self._config.generator_dtype, self._config.learner.count
-        parameters = dict(lm.named_parameters())
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+        if what == "adapter":
+            # As they are: the generator's engine rounds them as it rounds any adapter.
+            parts, dtype = adapter.adapter_parts(lm), "float32"
+        else:
+            parts = adapter.parts(lm)
+        if what == "base":
+            parts = {name: adapter.Part(part.base) for name, part in parts.items()}
+        shapes = {name: part.shape for name, part in parts.items()}
         buckets = plan_buckets(shapes, dtype, self._config.weights.bucket_mib << 20)
         self._packed = {}
         for i, bucket in enumerate(buckets):
-            with self._gathered([parameters[e.name] for e in bucket.entries]):
+            held = {e.name: parts[e.name] for e in bucket.entries}
+            with self._gathered([p for part in held.values() for p in part.parameters]):
                 if i % count == self._rank:
-                    self._packed[i] = pack(bucket, parameters, dtype)
+                    self._packed[i] = pack(bucket, {name: part.value() for name, part in held.items()}, dtype)
         started = time.perf_counter()
         self._scorer.eval()
-        probe = sequence_logprobs(self._trainer.engine, self._probe, self._device).numpy()
+        with self._base_alone() if what == "base" else nullcontext():
+            probe = sequence_logprobs(self._policy.engine, self._probe, self._device).numpy()
         self._scorer.train()
-        manifest = Manifest(version, step, dtype, tuple(buckets), tuple(self._probe), probe)
+        if what == "base":
+            self._base_version = version
+        base = self._base_version if what == "adapter" else None
+        manifest = Manifest(version, step, dtype, tuple(buckets), tuple(self._probe), probe, base)
         return manifest, time.perf_counter() - started
+
+    def _base_alone(self) -> Any:
+        return adapter.disabled(self._scorer.lm)
 
     def bucket(self, version: int, index: int) -> tuple[np.ndarray, str, str]:
         """A packed bucket's bytes, their checksum, and this node's id. The caller becomes the owner."""
@@ -260,41 +333,28 @@ class LearnerRank(Role):
         lm = self._scorer.lm
         with self._gathered(list(lm.parameters())):
             if self._rank == 0:
-                lm.save_pretrained(folder)
+                lm.save_pretrained(folder, state_dict=dict(adapter.merged_tensors(lm)))
                 self._tokenizer.save_pretrained(folder)
-        self._trainer.engine.save_checkpoint(str(Path(folder) / "learner"), tag="state")
+        self._policy.engine.save_checkpoint(str(Path(folder) / "learner"), tag="state")
+        if self._values is not None:
+            self._values.engine.save_checkpoint(str(Path(folder) / "learner" / "values"), tag="state")
+
+    def save_values(self, folder: str) -> None:
+        """The reward model in Hugging Face's format for sequence classification with one label, and its tokenizer."""
+        assert self._values is not None
+        scorer: ValueScorer = self._values.engine.module
+        with self._gathered(list(scorer.parameters())):
+            if self._rank == 0:
+                scorer.save(folder)
+                self._tokenizer.save_pretrained(folder)
 
     def restore(self, folder: str) -> None:
-        self._trainer.engine.load_checkpoint(str(Path(folder) / "learner"), tag="state")
+        self._policy.engine.load_checkpoint(str(Path(folder) / "learner"), tag="state")
         self._last = None
 
     def move(self, to: Literal["host", "device"]) -> None:
         """Time-sharing: optimizer and parameters leave the GPU while others use it."""
+        for trainer in filter(None, (self._policy, self._values)):
+            trainer.move(to)
         if to == "host":
-            self._trainer.engine.offload_states()
             torch.cuda.empty_cache()
-        else:
-            self._trainer.engine.reload_states()
-
-
-def clips_itself(config: Config) -> bool:
-    """Whether the gradient is clipped by us: plain fp32 without ZeRO, where DeepSpeed hides the norm."""
-    return config.learner.zero_stage == 0 and config.learner_dtype == "float32"
-
-
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    c = config.learner
-    zero: dict[str, Any] = {"stage": c.zero_stage}
-    if c.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # We own the accumulation boundary: any number of backward passes, then one step.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if clips_itself(config) else c.grad_clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.learner_dtype == "bfloat16"},
-        "steps_per_print": 2**31,
-    }

@@ -7,8 +7,9 @@ from rich.console import Console
 
 from actors.footprint import Size, model_size
 from rl import checkpoint
-from rl.config import Config, SftStage
+from rl.config import Config
 from rl.config_file import ConfigError
+from rl.config_stage import ExampleStage, PairStage, SftStage
 
 
 def preflight(config: Config, console: Console, *, resume: bool) -> str:
@@ -69,19 +70,34 @@ def check_model(config: Config) -> None:
 def check_world(config: Config) -> None:
     """The environment, its demonstrations and the reward function can be loaded."""
     from actors.reward import reward_function
+    from rl.data_stage import BUILT_IN
     from rl.demonstration import read_rows
-    from rl.env import Demonstrator, World
+    from rl.env import Demonstrator, World, load_object
 
     try:
         world = World(config.env, config.run.seed)
         world.source.task("train", 0)
         reward_function(config)
         for index, stage in enumerate(config.stages):
-            if not isinstance(stage, SftStage):
+            if stage.kind != "eval" and stage.aux_loss:
+                load_object(stage.aux_loss.function)
+            if not isinstance(stage, ExampleStage):
+                continue
+            if stage.data_stage and stage.data_stage not in BUILT_IN:
+                load_object(stage.data_stage)
+            if isinstance(stage, PairStage) and stage.pairs.path:
+                read_rows(stage.pairs.path)
+            shows = isinstance(world.source, Demonstrator)
+            if isinstance(stage, PairStage) and stage.pairs.rule == "demonstration" and stage.sample and not shows:
+                raise ConfigError(
+                    f"stages[{index}].pairs.rule is demonstration and env {config.env.name} has no demonstrations of "
+                    "its own: use right_wrong or margin, or pairs.path"
+                )
+            if not isinstance(stage, SftStage) or (stage.sample and stage.data_stage != "s3ft"):
                 continue
             if stage.demonstrations.path:
                 read_rows(stage.demonstrations.path)
-            elif not isinstance(world.source, Demonstrator):
+            elif not shows:
                 raise ConfigError(
                     f"stages[{index}] is sft and env {config.env.name} has no demonstrations of its own: set "
                     f"stages.{index}.demonstrations.path to rows of messages"

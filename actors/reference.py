@@ -8,7 +8,9 @@ import ray
 
 from actors.role import Role
 from rl.config import Config
-from rl.model import TokenScorer, frozen_logprobs, load_causal_lm
+from rl.credit import Columns
+from rl.data_stage import Example
+from rl.model import LogprobHead, TokenScorer, frozen_scores, load_causal_lm
 from rl.trajectory import Trajectory
 
 
@@ -28,14 +30,21 @@ class Reference(Role):
         if path != self._path:
             self._scorer, self._path = TokenScorer(self._read(path)), path
 
-    def logprobs(self, refs: Sequence[Any], temperature: float) -> list[list[np.ndarray]]:
-        """refs: of groups of trajectories. For each trajectory float32 [T], its tokens' log-probs, 0 off the mask."""
-        self._calls["logprobs"] += 1
-        groups: list[list[Trajectory]] = ray.get(list(refs))
+    def columns(self, refs: Sequence[Any], temperature: float) -> list[list[Columns]]:
+        """refs: of groups of trajectories. Each trajectory's column `reference`: log-probs, 0 off the mask."""
+        self._calls["columns"] += 1
+        return [[{"reference": r} for r in group] for group in self._scored(ray.get(list(refs)), temperature)]
+
+    def example_logprobs(self, refs: Sequence[Any], part: int, parts: int) -> list[list[np.ndarray]]:
+        """refs: of lists of examples. Log-probs at temperature 1, for every parts-th example from `part` on."""
+        self._calls["example_logprobs"] += 1
+        examples: list[Example] = [e for found in ray.get(list(refs)) for e in found]
+        return self._scored([e.trajectories for e in examples[part::parts]], 1.0)
+
+    def _scored(self, groups: Sequence[Sequence[Trajectory]], temperature: float) -> list[list[np.ndarray]]:
         flat = [t for group in groups for t in group]
         budget = self._config.learner.micro_batch_tokens
-        out = frozen_logprobs(self._scorer, flat, temperature, budget, self._device)
-        rest = iter(out)
+        rest = iter(frozen_scores(self._scorer, flat, LogprobHead(temperature), budget, self._device))
         return [[next(rest) for _ in group] for group in groups]
 
     def _read(self, path: str) -> Any:

@@ -1,15 +1,19 @@
 """Rollout workers: play episodes against the generators, and demonstrate tasks for SFT."""
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.generator_pool import GeneratorPool
 from actors.role import Role
 from rl.chat import ChatCodec
 from rl.config import Config
-from rl.demonstration import demonstrate, encode_rows
-from rl.env import World
+from rl.config_stage import ExampleStage
+from rl.data_stage import Example, Material, build
+from rl.demonstration import demonstrate, encode_pairs, encode_rows
+from rl.env import Demonstrator, World
 from rl.episode import Episode, GroupRequest, Identity, Limits, run_episode
 from rl.policy import Sampling
 from rl.pretrained import load_tokenizer
@@ -52,27 +56,69 @@ class RolloutWorker(Role):
                 self._policy,
                 self._codec,
                 sampling=sampling,
-                limits=self._limits,
+                limits=replace(self._limits, max_turns=request.max_turns or self._limits.max_turns),
                 identity=Identity(request.stage, request.step, request.task.id, sample, request.attempt),
                 seed=self._config.run.seed,
+                condition=request.condition,
             )
 
-    async def demonstrate(self, tasks: Sequence[Task], guess_fraction: float) -> list[Trajectory]:
+    async def demonstrate(self, tasks: Sequence[Task], guess_fraction: float) -> list[Example]:
         self._calls["demonstrate"] += 1
-        return [
-            await demonstrate(
-                self._world,
-                task,
-                self._codec,
-                guess_fraction=guess_fraction,
-                limits=self._limits,
-                seed=self._config.run.seed,
-            )
-            for task in tasks
-        ]
+        return [Example((await self._demonstration(task, guess_fraction),)) for task in tasks]
 
-    async def encode_rows(self, path: str) -> list[Trajectory]:
-        return encode_rows(path, self._codec, self._config.model.max_length)
+    async def _demonstration(self, task: Task, guess_fraction: float = 0.0) -> Trajectory:
+        return await demonstrate(
+            self._world,
+            task,
+            self._codec,
+            guess_fraction=guess_fraction,
+            limits=self._limits,
+            seed=self._config.run.seed,
+        )
+
+    async def encode_rows(self, path: str, pairs: bool) -> list[Example]:
+        encode = encode_pairs if pairs else encode_rows
+        return encode(path, self._codec, self._config.model.max_length)
+
+    async def build(
+        self,
+        stage: ExampleStage,
+        round_number: int,
+        tasks: Sequence[Task],
+        sampled: Sequence[Any],
+        again: Mapping[int, Any],
+    ) -> tuple[list[Example], dict[str, int]]:
+        """The examples that a stage's round trains on, and how many came from each source.
+
+        sampled: for each task (ref of its episodes, scores); again: the same, for the tasks that were played once more
+        with their demonstration in the prompt, by index.
+        """
+        self._calls["build"] += 1
+        shows = isinstance(self._world.source, Demonstrator)
+        materials = []
+        for i, (task, (episodes, scores)) in enumerate(zip(tasks, sampled, strict=True)):
+            repeated, repeated_scores = again.get(i, ((), ()))
+            materials.append(
+                Material(
+                    task,
+                    await episodes,
+                    scores,
+                    await self._demonstration(task) if shows else None,
+                    await repeated if i in again else (),
+                    repeated_scores,
+                )
+            )
+        examples = build(stage, materials, self._codec, self._config.run.seed, round_number)
+        return examples, dict(Counter(e.source for e in examples))
+
+    async def shown(self, tasks: Sequence[Task]) -> list[str]:
+        """What each task's demonstration says, as text: what a paraphrase is asked of."""
+        texts = []
+        for task in tasks:
+            t = await self._demonstration(task)
+            said = [self._codec.text(t.tokens[(t.turn == k) & t.loss_mask].tolist()) for k in range(t.turn.max() + 1)]
+            texts.append("\n".join(said))
+        return texts
 
     async def probe(self, length: int) -> list[int]:
         """Token ids of the weight probe: held-out prompts, one after the other, as a model would meet them."""

@@ -29,7 +29,8 @@ class WeightStore:
     """Knows the newest version and keeps its buckets.
 
     The store calls the learner's ranks and keeps their return values: objects die with their owner, and the owner of
-    a method's return value is its caller. It keeps the newest version and the pinned ones.
+    a method's return value is its caller. It keeps the newest version and the pinned ones, and what adapters among them
+    sit on.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class WeightStore:
         self._newest: int | None = None
         self._node = ray.get_runtime_context().get_node_id()
 
-    async def publish(self, version: int, step: int, ranks: list[Any]) -> Published:
+    async def publish(self, version: int, step: int, ranks: list[Any], what: str = "all") -> Published:
         """Take version `version` from the learner's ranks. Announced only when every bucket is on this node.
 
         Raises ValueError on a version that is not above every earlier one: numbers are never used twice.
@@ -48,7 +49,7 @@ class WeightStore:
             raise ValueError(f"version {version} was published before version {self._newest}: numbers are not reused")
         started = time.perf_counter()
         manifest, probe_s = (
-            await asyncio.gather(*(rank.prepare.remote(version, step) for rank in ranks))
+            await asyncio.gather(*(rank.prepare.remote(version, step, what) for rank in ranks))
         )[0]
         prepared = time.perf_counter()
         calls = [
@@ -98,6 +99,8 @@ class WeightStore:
         return {"newest": self._newest, "kept": sorted(self._manifests)}
 
     def _forget(self) -> None:
+        kept = {self._newest, *self._pinned}
+        kept |= {self._manifests[v].base for v in kept if v in self._manifests}
         for version in list(self._manifests):
-            if version != self._newest and version not in self._pinned:
+            if version not in kept:
                 del self._manifests[version], self._buckets[version]

@@ -1,7 +1,8 @@
 """Trajectories -> micro-batches: packing without padding, the token budget, and balance across ranks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,22 @@ from rl.trajectory import Trajectory
 class Sample:
     """One trajectory as the learner trains on it.
 
-    advantage: of the whole episode; weight: of each of its trained tokens in the batch's loss (`token_weights`);
-    reference: float32 [T], the reference policy's log-probs, or None.
+    weights: float32 [T], each trained token's weight in the batch's loss (rl/algo/loss.py: token_weights).
+    columns: further float32 [T] arrays by name: advantages, reference, proximal, values, returns.
+    inputs: int32 [T], what the model reads in the place of the tokens (masked thought); the labels stay the tokens.
+    unit: samples of one unit, a pair, stay in one micro-batch. label: 1 chosen or desirable, -1 rejected, 0 neither.
     """
 
     trajectory: Trajectory
-    weight: float
-    advantage: float = 0.0
-    reference: np.ndarray | None = None
+    weights: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    inputs: np.ndarray | None = None
+    unit: int | None = None
+    label: float = 0.0
+
+    @property
+    def read(self) -> np.ndarray:
+        return self.trajectory.tokens if self.inputs is None else self.inputs
 
 
 @dataclass(frozen=True)
@@ -48,22 +57,31 @@ class Packed:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed trajectories, and per-token values at the N trained positions, trajectory after trajectory.
+    """E packed trajectories, and per-token values at the N trained positions, trajectory after trajectory.
 
-    before_N: the index in U of the token that precedes each trained one, whose hidden state predicts targets_N.
+    before_N: the index in U of the token that precedes each trained one, whose hidden state predicts targets_N; at_N:
+    of the trained token itself. episode_N, turn_N: which trajectory of the micro-batch, and which of its turns.
+    columns: those that all samples have, and `behaviour`, the recorded log-probs. units_E, labels_E: the samples'.
     """
 
     packed: Packed
     before_N: Tensor
+    at_N: Tensor
     targets_N: Tensor
+    episode_N: Tensor
+    turn_N: Tensor
     weights_N: Tensor
-    advantages_N: Tensor
-    behaviour_N: Tensor
-    reference_N: Tensor | None
+    columns: Mapping[str, Tensor]
+    units_E: Tensor
+    labels_E: Tensor
+
+    @property
+    def episodes(self) -> int:
+        return len(self.labels_E)
 
     def to(self, device: str) -> "MicroBatch":
-        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
-        return MicroBatch(**moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if k != "columns"}
+        return MicroBatch(**moved, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
 _MIN_FILL = 0.75
@@ -85,19 +103,29 @@ def alike(sequences: Sequence[np.ndarray]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
 
 
-def plan(sequences: Sequence[np.ndarray], token_budget: int) -> list[list[int]]:
-    """Indices of each micro-batch: at most `token_budget` tokens to compute, or one sequence."""
+def plan(
+    sequences: Sequence[np.ndarray], token_budget: int, units: Sequence[int | None] | None = None
+) -> list[list[int]]:
+    """Indices of each micro-batch: at most `token_budget` tokens to compute, or one unit (a sequence without one)."""
+    together: dict[int, list[int]] = {}
+    for i in alike(sequences):
+        unit = units[i] if units is not None else None
+        together.setdefault(-1 - i if unit is None else unit, []).append(i)
     batches: list[list[int]] = []
     computed = held = 0
-    for i in alike(sequences):
-        length = len(sequences[i])
-        new = length - shared_length(sequences[batches[-1][-1]], sequences[i]) if batches else length
-        if batches and computed + new <= token_budget and held + length <= _MAX_SHARING * token_budget:
-            batches[-1].append(i)
-            computed, held = computed + new, held + length
+    for members in together.values():
+        lengths = [len(sequences[i]) for i in members]
+        inside = sum(lengths) - sum(
+            shared_length(sequences[a], sequences[b]) for a, b in itertools.pairwise(members)
+        )
+        shared = shared_length(sequences[batches[-1][-1]], sequences[members[0]]) if batches else 0
+        fits = computed + inside - shared <= token_budget and held + sum(lengths) <= _MAX_SHARING * token_budget
+        if batches and fits:
+            batches[-1] += members
+            computed, held = computed + inside - shared, held + sum(lengths)
         else:
-            batches.append([i])
-            computed = held = length
+            batches.append(members)
+            computed, held = inside, sum(lengths)
     return batches
 
 
@@ -142,35 +170,49 @@ def trained_positions(trajectory: Trajectory) -> np.ndarray:
     return np.flatnonzero(trajectory.loss_mask[1:]) + 1
 
 
+def spread_weights(trajectory: Trajectory, turn_weights: Sequence[float]) -> np.ndarray:
+    """float32 [T]: each turn's weight on its trained tokens, 0 elsewhere."""
+    if not turn_weights:
+        return np.zeros(len(trajectory), np.float32)
+    by_turn = np.asarray(turn_weights, np.float32)
+    return np.where(trajectory.loss_mask, by_turn[np.maximum(trajectory.turn, 0)], np.float32(0))
+
+
+def turn_lengths(trajectory: Trajectory) -> list[int]:
+    """Trained tokens of each turn; a turn that sampled nothing has 0."""
+    turns = int(trajectory.turn.max(initial=-1)) + 1
+    return np.bincount(trajectory.turn[trained_positions(trajectory)], minlength=turns).tolist()
+
+
 def collate(samples: Sequence[Sample]) -> MicroBatch:
     """Pack the trajectories, and gather the trained positions' values."""
-    trajectories = [s.trajectory for s in samples]
-    packed, places = pack([t.tokens for t in trajectories])
-    trained = [trained_positions(t) for t in trajectories]
-
-    def spread(values: Sequence[float]) -> Tensor:
-        return torch.tensor(
-            np.concatenate([np.full(len(at), v, np.float32) for at, v in zip(trained, values, strict=True)])
-        )
+    packed, places = pack([s.read for s in samples])
+    trained = [trained_positions(s.trajectory) for s in samples]
 
     def gather(arrays: Sequence[np.ndarray], shift: int = 0) -> Tensor:
         return torch.tensor(np.concatenate([a[at + shift] for a, at in zip(arrays, trained, strict=True)]))
 
-    references = [s.reference for s in samples if s.reference is not None]
+    names = set.intersection(*(set(s.columns) for s in samples))
     return MicroBatch(
-        packed,
-        gather(places, -1),
-        gather([t.tokens.astype(np.int64) for t in trajectories]),
-        spread([s.weight for s in samples]),
-        spread([s.advantage for s in samples]),
-        gather([t.logprobs for t in trajectories]),
-        gather(references) if len(references) == len(samples) else None,
+        packed=packed,
+        before_N=gather(places, -1),
+        at_N=gather(places),
+        targets_N=gather([s.trajectory.tokens.astype(np.int64) for s in samples]),
+        episode_N=torch.tensor(np.repeat(np.arange(len(samples)), [len(at) for at in trained])),
+        turn_N=gather([s.trajectory.turn.astype(np.int64) for s in samples]),
+        weights_N=gather([s.weights for s in samples]),
+        columns={
+            "behaviour": gather([s.trajectory.logprobs for s in samples]),
+            **{name: gather([s.columns[name] for s in samples]) for name in sorted(names)},
+        },
+        units_E=torch.tensor([-1 if s.unit is None else s.unit for s in samples]),
+        labels_E=torch.tensor([s.label for s in samples]),
     )
 
 
 def filler(sample: Sample) -> MicroBatch:
     """A micro-batch of weight zero, for a rank that has fewer than the others: collectives need equal counts."""
-    return collate([Sample(sample.trajectory, 0.0, 0.0, sample.reference)])
+    return collate([replace(sample, weights=np.zeros_like(sample.weights), label=0.0)])
 
 
 def mini_batches(episodes: int, parts: int, epochs: int) -> list[list[int]]:

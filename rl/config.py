@@ -6,13 +6,12 @@ Imports no torch. rl/config_file.py reads YAML and dotted overrides into it and 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from rl.config_base import Strict
+from rl.config_stage import PreferenceStage, RewardModelStage, RlStage, Stage
 
 Dtype = Literal["float32", "bfloat16"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunConfig(Strict):
@@ -73,6 +72,9 @@ class CalculatorConfig(Strict):
     max_digits: PositiveInt = 4
     operators: str = Field(default="+-", pattern=r"^[+\-*]+$")
     max_turns: PositiveInt = 8
+    progress_reward: float = Field(default=0.0, ge=0)
+    """What a turn is given for the next right step and for the right answer. Small, so that only a right answer makes
+    reward.success_at."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "CalculatorConfig":
@@ -86,7 +88,7 @@ class ReasoningGymConfig(Strict):
 
     name: Literal["reasoning_gym"]
     dataset: str = "chain_sum"
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     tool: Literal["calculator", "none"] = "calculator"
     max_turns: PositiveInt = 6
 
@@ -106,7 +108,7 @@ class CustomEnvConfig(Strict):
 
     name: Literal["custom"]
     path: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     max_turns: PositiveInt = 8
 
 
@@ -120,6 +122,9 @@ class RewardRule(Strict):
 
     function: str | None = None
     success_at: float = 1.0
+    model: str | None = None
+    """A reward model in place of the rule: a folder, or `trained`, the one of the last reward_model stage before. Its
+    score replaces the rule's reward; success is still the rule's."""
 
 
 class Role(Strict):
@@ -158,6 +163,19 @@ class ReferenceConfig(Role):
     """stage_start | initial | a model path"""
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685) by peft. targets: module names, or every linear layer.
+
+    publish: merged weights (merged in fp32), or the adapter alone, which the generator's vLLM applies.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    publish: Literal["merged", "adapter"] = "merged"
+
+
 class LearnerConfig(Role):
     cpus: float = Field(default=0.5, ge=0)
     threads: PositiveInt = 2
@@ -169,6 +187,7 @@ class LearnerConfig(Role):
     weight_decay: float = 0.0
     gradient_checkpointing: bool = False
     offload_optimizer: bool = False
+    lora: LoraConfig | None = None
 
 
 class WeightsConfig(Strict):
@@ -191,97 +210,6 @@ class WandbConfig(Strict):
 
 class LoggingConfig(Strict):
     wandb: WandbConfig = WandbConfig()
-
-
-class Demonstrations(Strict):
-    """Where SFT's episodes come from: the environment's own demonstrator, or rows of `messages` at `path`."""
-
-    path: str | None = None
-    count: PositiveInt = 8192
-    guess_fraction: float = Field(default=0.0, ge=0, le=1)
-
-
-class TrainingStage(Strict):
-    """What every stage that changes the weights has."""
-
-    steps: PositiveInt
-    lr: float = Field(default=1e-4, gt=0)
-    warmup_steps: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    adam_eps: float = Field(default=1e-8, gt=0)
-    """Far above a gradient's size, Adam moves along the gradient: weights that hold only noise then stay put."""
-
-
-class SftStage(TrainingStage):
-    kind: Literal["sft"]
-    batch_size: PositiveInt = 64
-    lr: float = Field(default=1e-3, gt=0)
-    warmup_steps: NonNegativeInt = 20
-    schedule: Literal["constant", "cosine"] = "cosine"
-    demonstrations: Demonstrations = Demonstrations()
-
-
-class EvalStage(Strict):
-    kind: Literal["eval"]
-    n: PositiveInt = 200
-    temperature: float = Field(default=1.0, gt=0)
-    greedy: bool = True
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    split: Literal["held_out", "train"] = "held_out"
-
-
-class KlConfig(Strict):
-    """KL(policy || reference) in the loss; estimators after http://joschu.net/blog/kl-approx.html."""
-
-    coefficient: float = Field(default=0.0, ge=0)
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-
-
-class GrpoConfig(Strict):
-    """GRPO (https://arxiv.org/abs/2402.03300), each of its choices spelled out."""
-
-    name: Literal["grpo"] = "grpo"
-    group_size: PositiveInt = 8
-    baseline: Literal["group_mean", "none"] = "group_mean"
-    normalise: Literal["group_std", "none"] = "group_std"
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.28, gt=0)
-    kl: KlConfig = KlConfig()
-    aggregation: Literal["token", "sequence", "fixed_length"] = "token"
-    fixed_length: PositiveInt | None = None
-    mini_batches: PositiveInt = 1
-    epochs: PositiveInt = 1
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "GrpoConfig":
-        if self.group_size == 1 and (self.baseline == "group_mean" or self.normalise == "group_std"):
-            raise ValueError(
-                "group_size is 1, and a group of one has no baseline: its advantage is always 0. "
-                "Use group_size of 2 or more, or baseline: none and normalise: none"
-            )
-        if self.aggregation == "fixed_length" and self.fixed_length is None:
-            raise ValueError("aggregation: fixed_length divides by a length: set fixed_length")
-        return self
-
-
-class RlStage(TrainingStage):
-    kind: Literal["rl"]
-    tasks_per_step: PositiveInt = 32
-    checkpoint_every: NonNegativeInt = 0
-    algo: GrpoConfig = GrpoConfig()
-
-    @model_validator(mode="after")
-    def _divides(self) -> "RlStage":
-        episodes = self.tasks_per_step * self.algo.group_size
-        if episodes % self.algo.mini_batches:
-            raise ValueError(
-                f"a batch of {self.tasks_per_step} tasks x {self.algo.group_size} samples = {episodes} episodes does "
-                f"not divide into algo.mini_batches = {self.algo.mini_batches}"
-            )
-        return self
-
-
-Stage = Annotated[SftStage | EvalStage | RlStage, Field(discriminator="kind")]
 
 
 class Config(Strict):
@@ -309,6 +237,17 @@ class Config(Strict):
                 "an rl stage refuses rollout.top_p and rollout.top_k: they renormalise the sampled distribution and "
                 "bias every importance ratio (about +0.1 in log-prob a token at top_p 0.9). Use rollout.temperature"
             )
+        for index, stage in enumerate(self.stages):
+            if stage.kind != "eval" and stage.param_filter and self.learner.weight_decay:
+                raise ValueError(
+                    f"stages[{index}].param_filter freezes parameters, and learner.weight_decay = "
+                    f"{self.learner.weight_decay:g} would shrink them all the same: set it to 0"
+                )
+        trains_rewards = [i for i, stage in enumerate(self.stages) if isinstance(stage, RewardModelStage)]
+        if self.reward.model == "trained" and not trains_rewards:
+            raise ValueError("reward.model is `trained`, and no stage is a reward_model: add one, or give a folder")
+        if trains_rewards and self.learner.lora:
+            raise ValueError("a reward_model stage trains a full model beside the policy: drop learner.lora")
         return self
 
     @property
@@ -325,4 +264,12 @@ class Config(Strict):
 
     @property
     def needs_reference(self) -> bool:
-        return any(isinstance(stage, RlStage) and stage.algo.kl.coefficient > 0 for stage in self.stages)
+        """Whether any stage asks the reference actors; with LoRA the learner answers, its adapter off."""
+        return any(self.stage_needs_reference(stage) for stage in self.stages)
+
+    def stage_needs_reference(self, stage: Stage) -> bool:
+        if self.learner.lora is not None and self.reference.source == "stage_start":
+            return False
+        if isinstance(stage, RlStage):
+            return stage.algo.kl.used
+        return isinstance(stage, PreferenceStage) and stage.needs_reference and stage.reference == "stage_start"

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rl.chat import ChatCodec
+from rl.data_stage import Example
 from rl.env import Demonstrator, World
 from rl.episode import Identity, Limits, run_episode
 from rl.policy import Sampling, ScriptedPolicy
@@ -95,20 +96,33 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def encode_rows(path: str, codec: ChatCodec, max_length: int) -> list[Trajectory]:
+def encode_rows(path: str, codec: ChatCodec, max_length: int) -> list[Example]:
     """Demonstrations of one's own: rows with `messages` and, where tools were used, `tools`.
 
     Raises ValueError naming the row that cannot be encoded.
     """
-    trajectories = []
+    return [Example(both) for both in _encode_columns(path, codec, max_length, ("messages",))]
+
+
+def encode_pairs(path: str, codec: ChatCodec, max_length: int) -> list[Example]:
+    """Pairs of one's own: rows with two whole conversations, `chosen` and `rejected`, and, where used, `tools`.
+
+    Raises ValueError naming the row that cannot be encoded.
+    """
+    encoded = _encode_columns(path, codec, max_length, ("chosen", "rejected"))
+    return [Example(both, (1.0, -1.0), "rows") for both in encoded]
+
+
+def _encode_columns(
+    path: str, codec: ChatCodec, max_length: int, columns: Sequence[str]
+) -> Iterator[tuple[Trajectory, ...]]:
     for number, row in enumerate(read_rows(path), 1):
         try:
-            messages = row["messages"]
-            messages = json.loads(messages) if isinstance(messages, str) else messages
-            trajectories.append(encode_messages(codec, messages, row.get("tools") or (), max_length))
+            conversations = [json.loads(row[c]) if isinstance(row[c], str) else row[c] for c in columns]
+            yield tuple(encode_messages(codec, m, row.get("tools") or (), max_length) for m in conversations)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: row {number}: not a demonstration with `messages`: {error!r}") from error
-    return trajectories
+            wanted = " and ".join(f"`{c}`" for c in columns)
+            raise ValueError(f"{path}: row {number}: not an example with {wanted}: {error!r}") from error
 
 
 def draw_batch(step: int, batch_size: int, count: int, seed: int) -> list[int]:

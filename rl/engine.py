@@ -3,8 +3,8 @@
 The thread alternates between taking commands and stepping the engine, so a weight swap falls between two steps:
 no request is aborted, and the tokens before and after it carry their own versions.
 
-    generate ──► queue ──► [ commands | swap when due | vLLM step ] ──► Completion
-    load     ──► queue ──►
+    generate           ──► queue ──► [ commands | swap when due | vLLM step ] ──► Completion
+    load, load_adapter ──► queue ──►
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,17 +25,18 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-from vllm import EngineArgs, LLMEngine, SamplingParams
-from vllm.config import WeightTransferConfig
+from vllm import LLMEngine, SamplingParams
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import RequestOutputKind
 
+from rl.engine_options import IN_PROCESS, EngineOptions, engine_args
 from rl.policy import Completion, Sampling
 
 SwapPolicy = Literal["drain", "continue"]
@@ -101,26 +103,18 @@ class InProcessTransfer(LayerwiseTransfer):
         yield from update_info.tensors
 
 
-IN_PROCESS = "in_process"
 WeightTransferEngineFactory.register_engine(IN_PROCESS, InProcessTransfer)
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    dtype: str = "float32"
-    max_length: int = 512
-    max_sequences: int = 128
-    device: str = "cpu"
-    kv_cache_gib: int = 1
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel: int = 1
-    enforce_eager: bool | None = None
-    trust_remote_code: bool = False
-    sleep_mode: bool = False
-    linger_s: float = 0.0
-    """An idle engine waits for this long after the newest request before it steps: requests that come in a burst then
-    share their first step. Costs a lone request that much."""
-    transfer: str = IN_PROCESS
+ADAPTER = LoRARequest("adapter", 1, "adapter")
+"""What every request of an engine with LoRA carries. The worker always holds an adapter under this id, so its path is
+never read: the one loaded last, or zeros, which are the base alone. A request under `continue` thus changes over from
+base to adapter and back without being told."""
+
+
+def hold_zeros(worker: Any) -> None:
+    """In the worker, which holds no adapter: the one that vLLM warms up with."""
+    worker.model_runner.lora_manager.add_dummy_lora(ADAPTER, rank=1)
 
 
 @dataclass
@@ -136,6 +130,7 @@ class _Swap:
     version: int
     updates: Sequence[dict[str, Any]]
     policy: SwapPolicy
+    adapter: Path | None = None
     future: Future[None] = field(default_factory=Future)
 
 
@@ -149,6 +144,7 @@ class Engine:
         self.version = version
         self.prefix_hits = self.prefix_queries = 0
         self._options = options
+        self._lora = ADAPTER if options.lora_rank else None
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
         self._held: list[tuple[str, Any]] = []
@@ -191,6 +187,17 @@ class Engine:
         self._send("swap", swap)
         return swap.future
 
+    def load_adapter(self, version: int, folder: str | Path, policy: SwapPolicy) -> "Future[None]":
+        """Put the LoRA adapter in `folder` on the weights of the last `load`, in place of the adapter before.
+
+        The next `load` takes it off again. vLLM passes over weights of layers that are no `lora_targets`: score.
+        """
+        if self._lora is None:
+            raise ValueError("this engine has no room for an adapter: make it with EngineOptions.lora_rank")
+        swap = _Swap(version, (), policy, Path(folder))
+        self._send("swap", swap)
+        return swap.future
+
     def sleep(self) -> "Future[None]":
         """Give the GPU memory back (weights to host, KV cache dropped), for time-sharing with the learner."""
         return self._call(lambda: self._llm.sleep(level=1))
@@ -222,8 +229,9 @@ class Engine:
         try:
             # Made in the thread that steps it. Each thread that computes gets OpenMP workers of its own; with more of
             # them than cores, libgomp puts them to sleep between any two operations: a third of a step on CPU.
-            self._llm = LLMEngine.from_engine_args(_engine_args(model_path, self._options))
+            self._llm = LLMEngine.from_engine_args(engine_args(model_path, self._options))
             assert not self._llm.vllm_config.scheduler_config.async_scheduling
+            self._take_adapter_off()
         except BaseException as error:
             started.set_exception(error)
             return
@@ -271,17 +279,17 @@ class Engine:
             return
         request_id = str(self._next_id)
         self._next_id += 1
-        internal = self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+        internal = self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._lora)
         self._running[request_id] = _Running(future, internal, [(0, self.version)])
 
     def _apply_swap(self, swap: _Swap) -> None:
         states = self._llm.output_processor.request_states
-        self._llm.collective_rpc("start_weight_update")
-        try:
-            for update in swap.updates:
-                self._llm.collective_rpc("update_weights", args=(update,))
-        finally:
-            self._llm.collective_rpc("finish_weight_update")
+        if swap.adapter is not None:
+            # Only here: of a request that asked for load_inplace vLLM would read the folder again at every step.
+            path = str(swap.adapter.resolve())
+            self._llm.add_lora(LoRARequest(ADAPTER.lora_name, ADAPTER.lora_int_id, path, load_inplace=True))
+        else:
+            self._load_weights(swap.updates)
         # Cached keys and values were computed by the old weights; running requests compute theirs again.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not drop its prefix cache with the weights")
@@ -295,6 +303,20 @@ class Engine:
         for _, body in held:
             self._add(*body)
         swap.future.set_result(None)
+
+    def _load_weights(self, updates: Sequence[dict[str, Any]]) -> None:
+        self._llm.collective_rpc("start_weight_update")
+        try:
+            for update in updates:
+                self._llm.collective_rpc("update_weights", args=(update,))
+        finally:
+            self._llm.collective_rpc("finish_weight_update")
+        self._take_adapter_off()
+
+    def _take_adapter_off(self) -> None:
+        """vLLM has dropped its adapters: with new weights, and after its warm-up."""
+        if self._lora is not None:
+            self._llm.collective_rpc(hold_zeros)
 
     def _finish(self, output: Any) -> None:
         if not output.finished:
@@ -331,37 +353,6 @@ class Engine:
         for future in waiting:
             if not future.done():
                 future.set_exception(dead)
-
-
-def _engine_args(model_path: str, options: EngineOptions) -> EngineArgs:
-    cpu = options.device == "cpu"
-    if cpu:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.kv_cache_gib)
-    return EngineArgs(
-        model=model_path,
-        dtype=options.dtype,  # type: ignore[arg-type]
-        max_model_len=options.max_length,
-        max_num_seqs=options.max_sequences,
-        max_num_batched_tokens=max(options.max_length, 4096),
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        tensor_parallel_size=options.tensor_parallel,
-        distributed_executor_backend="uni" if options.tensor_parallel == 1 else "ray",
-        enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
-        enable_sleep_mode=options.sleep_mode,
-        trust_remote_code=options.trust_remote_code,
-        # A swap must fall between two steps: with async scheduling two batches are in flight.
-        async_scheduling=False,
-        # On CPU a seeded request whose prefill is cut in parts kills vLLM ("CPU Generator does not use offset").
-        enable_chunked_prefill=not cpu,
-        enable_prefix_caching=True,
-        # The smallest block that CPU attention takes: only full blocks are reused, and turns are short.
-        block_size=32 if cpu else None,
-        # Ratios need the distribution that was sampled from, not the one before temperature and top-p.
-        logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=options.transfer),
-        disable_log_stats=True,
-        seed=0,
-    )
 
 
 def _params(sampling: Sampling) -> SamplingParams:

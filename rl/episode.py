@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from rl.chat import ChatCodec
 from rl.env import Env, Message
@@ -34,13 +35,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """A task to play `samples` times: the group that shares a baseline."""
+    """A task to play `samples` times: the group that shares a baseline.
+
+    max_turns: fewer than the environment allows (a horizon curriculum); condition: a text added to the prompt.
+    """
 
     stage: int
     step: int
     task: Task
     samples: int
     attempt: int = 0
+    max_turns: int | None = None
+    condition: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Episode:
     prompt: Sequence[Message]
     prompt_ids: Sequence[int]
     end_of_turn: int
+    tools: Sequence[dict[str, Any]] = ()
     turns: list[Turn] = field(default_factory=list)
     stop_reason: StopReason = StopReason.MAX_TURNS
     duration_s: float = 0.0
@@ -112,8 +119,11 @@ async def run_episode(
     limits: Limits,
     identity: Identity,
     seed: int = 0,
+    condition: str | None = None,
 ) -> Episode:
     """Play `task` in `env` with `policy` until the environment says done or a limit is reached.
+
+    condition: a text added to the opening messages, such as the feedback that the answer is to earn.
 
     The sampling seed of a turn is a function of (seed, task, sample, turn). Raises what the environment or the
     policy raise; the environment is closed in every case.
@@ -121,8 +131,9 @@ async def run_episode(
     started = time.perf_counter()
     try:
         observation = await env.reset(task)
-        context = codec.prompt(observation.messages, observation.tools)
-        episode = Episode(identity, task, observation.messages, list(context), codec.end_of_turn)
+        opening = conditioned(observation.messages, condition)
+        context = codec.prompt(opening, observation.tools)
+        episode = Episode(identity, task, opening, list(context), codec.end_of_turn, observation.tools)
         while len(episode.turns) < limits.max_turns:
             room = limits.max_length - len(context)
             if room < 1:
@@ -157,7 +168,18 @@ async def run_episode(
             if len(episode.turns) < limits.max_turns:
                 turn.observation_ids = seen
                 context += seen
+        if episode.stop_reason == StopReason.MAX_TOKENS and episode.turns:
+            last = episode.turns[-1]
+            last.flags = tuple(dict.fromkeys(("truncated", *last.flags)))
         episode.duration_s = time.perf_counter() - started
         return episode
     finally:
         await env.close()
+
+
+def conditioned(messages: Sequence[Message], text: str | None) -> list[Message]:
+    """The opening messages with a text added to the last of them, on a line of its own."""
+    if text is None:
+        return list(messages)
+    *before, last = messages
+    return [*before, {**last, "content": f"{last['content']}\n{text}"}]

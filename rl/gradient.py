@@ -5,25 +5,15 @@ on how the batch was cut into micro-batches or spread over ranks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rl.algo.importance import mismatch_kl
-from rl.algo.kl import kl_estimate
-from rl.algo.loss import clipped_surrogate, token_weights
-from rl.algo.sft import negative_log_likelihood
 from rl.batch import MicroBatch, Sample, collate, filler, plan
-from rl.config import GrpoConfig
-
-Sums = dict[str, float]
-"""Sums over tokens, by metric name, with `tokens` as their count; names ending in `/max` are maxima instead."""
-
-Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
-"""(logprobs_N, entropy_N, micro-batch) -> the weighted loss (scalar) and its sums."""
+from rl.objective import Objective, Sums, add_sums
 
 
 class Trainer(Protocol):
@@ -32,7 +22,7 @@ class Trainer(Protocol):
     device: str
     can_retry: bool
 
-    def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]: ...
+    def forward(self, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor]: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -53,51 +43,12 @@ class OutOfDeviceMemory(RuntimeError):
     """Not even one row a micro-batch fits; the text says which setting to lower."""
 
 
-def sft_objective(logprobs_N: Tensor, entropy_N: Tensor, micro: MicroBatch) -> tuple[Tensor, Sums]:
-    loss_N = negative_log_likelihood(logprobs_N)
-    sums = {"sft/loss": loss_N.detach().sum().item(), "actor/entropy": entropy_N.sum().item()}
-    return (loss_N * micro.weights_N).sum(), sums
-
-
-def grpo_objective(algo: GrpoConfig) -> Objective:
-    """The clipped surrogate plus the KL penalty against the reference."""
-
-    def objective(logprobs_N: Tensor, entropy_N: Tensor, micro: MicroBatch) -> tuple[Tensor, Sums]:
-        loss_N, clipped_N = clipped_surrogate(
-            logprobs_N, micro.behaviour_N, micro.advantages_N, low=algo.clip_low, high=algo.clip_high
-        )
-        now_N = logprobs_N.detach()
-        difference_N = (now_N - micro.behaviour_N).abs()
-        count = len(now_N)
-        sums: Sums = {
-            "actor/pg_loss": loss_N.detach().sum().item(),
-            "actor/entropy": entropy_N.sum().item(),
-            "actor/clip_fraction": clipped_N.float().sum().item(),
-            "mismatch/kl": mismatch_kl(micro.behaviour_N, now_N).item() * count if count else 0.0,
-            "mismatch/max_logprob_diff/max": difference_N.max().item() if count else 0.0,
-        }
-        if micro.reference_N is not None:
-            kl_N = kl_estimate(logprobs_N, micro.reference_N, algo.kl.estimator)
-            sums["actor/kl"] = kl_N.detach().sum().item()
-            loss_N = loss_N + algo.kl.coefficient * kl_N
-        return (loss_N * micro.weights_N).sum(), sums
-
-    return objective
-
-
-def weigh(lengths: Sequence[int], algo: GrpoConfig | None) -> list[float]:
-    """The weight of each episode's tokens in the batch's loss; SFT (None) is a mean over the batch's tokens."""
-    aggregation, fixed = (algo.aggregation, algo.fixed_length) if algo else ("token", None)
-    return token_weights(torch.tensor(lengths), aggregation=aggregation, fixed_length=fixed).tolist()
-
-
 def optimizer_step(
     trainer: Trainer,
     samples: Sequence[Sample],
     objective: Objective,
     *,
     lr: float,
-    temperature: float,
     token_budget: int,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[Sums, int]:
@@ -109,7 +60,7 @@ def optimizer_step(
     while True:
         failed, sums = False, {}
         try:
-            sums = _accumulate(trainer, samples, objective, temperature, token_budget, progress)
+            sums = _accumulate(trainer, samples, objective, token_budget, progress)
         except torch.cuda.OutOfMemoryError as error:
             failed = True
             if not trainer.can_retry or token_budget <= min(len(s.trajectory) for s in samples):
@@ -135,46 +86,35 @@ def _accumulate(
     trainer: Trainer,
     samples: Sequence[Sample],
     objective: Objective,
-    temperature: float,
     token_budget: int,
     progress: Callable[[], None],
 ) -> Sums:
     total: Sums = {}
     for micro in _micro_batches(trainer, samples, token_budget):
         micro = micro.to(trainer.device)
-        logprobs_N, entropy_N = trainer.forward(micro, temperature)
-        loss, sums = objective(logprobs_N, entropy_N, micro)
+        scores_N, entropy_N = trainer.forward(micro, objective)
+        loss, sums = objective(scores_N, entropy_N, micro)
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss is not finite: lower the learning rate, or look at the trajectories")
         trainer.backward(loss)
         if micro.weights_N.any():
-            total = add_sums(total, {**sums, "tokens": float(len(logprobs_N))})
+            total = add_sums(total, {**sums, "tokens": float(len(scores_N))})
         progress()
     return total
 
 
 def _micro_batches(trainer: Trainer, samples: Sequence[Sample], token_budget: int) -> Iterator[MicroBatch]:
-    batches = plan([s.trajectory.tokens for s in samples], token_budget)
+    batches = plan([s.read for s in samples], token_budget, [s.unit for s in samples])
     for indices in batches:
         yield collate([samples[i] for i in indices])
     for _ in range(trainer.largest(len(batches)) - len(batches)):
         yield filler(samples[0])
 
 
-def add_sums(a: Mapping[str, float], b: Mapping[str, float]) -> Sums:
-    """Combine the sums of two micro-batches or two ranks."""
-    names = {**a, **b}
-    return {
-        n: max(a.get(n, -math.inf), b.get(n, -math.inf)) if n.endswith("/max") else a.get(n, 0.0) + b.get(n, 0.0)
-        for n in names
-    }
-
-
-def to_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums -> means a token, maxima as they are."""
-    tokens = max(1.0, sums.get("tokens", 0.0))
-    metrics = {n.removesuffix("/max"): v if n.endswith("/max") else v / tokens for n, v in sums.items()}
-    return {n: v for n, v in metrics.items() if n != "tokens"}
+def ask(scorer: Any, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The forward pass that an objective wants."""
+    at_N = micro.at_N if objective.after else micro.before_N
+    return scorer(micro.packed, at_N, micro.targets_N, objective.head)
 
 
 class TorchTrainer:
@@ -197,8 +137,8 @@ class TorchTrainer:
             scorer.parameters(), lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
 
-    def forward(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.scorer(micro.packed, micro.before_N, micro.targets_N, temperature)
+    def forward(self, micro: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+        return ask(self.scorer, micro, objective)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

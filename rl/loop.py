@@ -2,33 +2,34 @@
 
     task ──► episode ──► trajectory ──► batch ──► gradient ──► weights ──► generator ──► (next task)
 
-The actor system (actors/controller.py) runs these same lines with every role in a process of its own; a test holds
-the two against each other.
+The actor system (actors/) runs these same lines with every role in a process of its own; a test holds the two against
+each other. What the page leaves out: objectives with a critic or a second kind of log-probs, filters that draw again,
+curricula, and stages that sample for themselves. It refuses them.
 """
 
 import asyncio
 import copy
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from rl.algo.advantage import batch_advantages
-from rl.algo.schedule import learning_rate
-from rl.batch import Sample, mini_batches
+from rl.algo.filter import judge
+from rl.algo.loss import token_weights
+from rl.algo.schedule import coefficient, learning_rate
+from rl.batch import Sample, mini_batches, spread_weights, turn_lengths
 from rl.chat import ChatCodec
-from rl.config import Config, EvalStage, RlStage, SftStage
+from rl.config import Config
+from rl.config_stage import EvalStage, RlStage, SftStage
+from rl.credit import GroupFacts, assign_credit
 from rl.demonstration import demonstrate, draw_batch, encode_rows
 from rl.engine import Engine, EngineOptions
 from rl.env import World, load_object
 from rl.episode import Episode, Identity, Limits, run_episode
 from rl.evaluate import Outcome, Report, report
-from rl.gradient import TorchTrainer, grpo_objective, optimizer_step, sft_objective, to_metrics, weigh
-from rl.model import TokenScorer, frozen_logprobs, load_causal_lm
+from rl.gradient import TorchTrainer, optimizer_step
+from rl.model import LogprobHead, TokenScorer, frozen_scores, load_causal_lm
+from rl.objective import PolicyGradient, Supervised, to_metrics
 from rl.policy import Completion, Sampling
 from rl.pretrained import load_tokenizer, prepare_model
 from rl.reward import Score
@@ -71,8 +72,10 @@ class Loop:
                 self.sft(index, stage)
             elif isinstance(stage, RlStage):
                 self.rl(index, stage)
-            else:
+            elif isinstance(stage, EvalStage):
                 self.evaluate(index, stage)
+            else:
+                raise ValueError(f"stages[{index}]: {stage.kind} is not on this page: use `repertory train`")
         self.engine.close()
 
     def sft(self, index: int, stage: SftStage) -> None:
@@ -81,47 +84,80 @@ class Loop:
         for step in range(stage.steps):
             drawn = draw_batch(step, stage.batch_size, len(trajectories), self.seed)
             batch = [trajectories[i] for i in drawn]
-            weights = weigh([int(t.loss_mask[1:].sum()) for t in batch], None)
-            samples = [Sample(t, w) for t, w in zip(batch, weights, strict=True)]
-            self.step(trainer, samples, sft_objective, stage, step, temperature=1.0)
+            weights = token_weights([turn_lengths(t) for t in batch], aggregation="token")
+            samples = [Sample(t, spread_weights(t, w)) for t, w in zip(batch, weights, strict=True)]
+            self.step(trainer, samples, Supervised(), stage, step)
         self.publish()
 
     def rl(self, index: int, stage: RlStage) -> None:
-        trainer, algo = self.trainer(stage.adam_eps), stage.algo
-        reference = copy.deepcopy(self.scorer) if algo.kl.coefficient > 0 else None
+        trainer, algo, temperature = self.trainer(stage.adam_eps), stage.algo, self.config.rollout.temperature
+        if algo.critic or algo.proximal == "recompute" or algo.baseline == "greedy" or stage.curriculum:
+            raise ValueError(f"stages[{index}]: such an rl stage is not on this page: use `repertory train`")
+        reference = copy.deepcopy(self.scorer) if algo.kl.used else None
         for step in range(stage.steps):
             tasks = self.tasks.next(stage.tasks_per_step)
             identities = [(t, Identity(index, step, t.id, s)) for t in tasks for s in range(algo.group_size)]
-            episodes = asyncio.run(self.play(identities, self.sampling(self.config.rollout.temperature)))
-            rewards = torch.tensor([Score.of(self.rule, e).total for e in episodes])
-            grouped = rewards.view(-1, algo.group_size)
-            advantages = batch_advantages(grouped, baseline=algo.baseline, normalise=algo.normalise).flatten()
+            episodes = asyncio.run(self.play(identities, self.sampling(temperature)))
+            scores = [self.score(e) for e in episodes]
             trajectories = [to_trajectory(e) for e in episodes]
             self.consumed += trajectories
-            references: Sequence[np.ndarray | None] = [None] * len(trajectories)
+            scored = [{} for _ in trajectories]
             if reference:
-                budget = self.config.learner.micro_batch_tokens
-                references = frozen_logprobs(reference, trajectories, self.config.rollout.temperature, budget)
-            for chunk in mini_batches(len(episodes), algo.mini_batches, algo.epochs):
-                weights = weigh([int(trajectories[i].loss_mask[1:].sum()) for i in chunk], algo)
+                head, budget = LogprobHead(temperature), self.config.learner.micro_batch_tokens
+                scored = [{"reference": r} for r in frozen_scores(reference, trajectories, head, budget)]
+            kl = coefficient(step, start=algo.kl.coefficient, final=algo.kl.final, total=stage.steps)
+
+            groups = [range(g, g + algo.group_size) for g in range(0, len(episodes), algo.group_size)]
+            verdicts = [
+                judge(
+                    algo.filters,
+                    rewards=[scores[i].total for i in group],
+                    successes=[scores[i].success for i in group],
+                    flags=[[f for turn in episodes[i].turns for f in turn.flags] for i in group],
+                )
+                for group in groups
+            ]
+            facts = [
+                GroupFacts(
+                    [[turn.reward for turn in episodes[i].turns] for i in group],
+                    [scores[i].outcome for i in group],
+                    [scores[i].success for i in group],
+                    verdict.counted,
+                )
+                for group, verdict in zip(groups, verdicts, strict=True)
+            ]
+            credited = assign_credit(
+                [[trajectories[i] for i in group] for group in groups], facts, algo,
+                max_length=self.config.model.max_length, kl_coefficient=kl,
+                scored=[[scored[i] for i in group] for group in groups],
+            )  # fmt: skip
+            columns = [c for group in credited for c in group]
+            trained = [i for i, kept in enumerate(k for v in verdicts for k in v.trained) if kept]
+            for chunk in mini_batches(len(trained), algo.mini_batches, algo.epochs):
+                chosen = [trained[k] for k in chunk]
+                weights = token_weights(
+                    [turn_lengths(trajectories[i]) for i in chosen],
+                    aggregation=algo.aggregation,
+                    fixed_length=algo.fixed_length or self.config.model.max_length,
+                )
                 samples = [
-                    Sample(trajectories[i], w, float(advantages[i]), references[i])
-                    for i, w in zip(chunk, weights, strict=True)
+                    Sample(trajectories[i], spread_weights(trajectories[i], w), columns[i])
+                    for i, w in zip(chosen, weights, strict=True)
                 ]
-                self.step(trainer, samples, grpo_objective(algo), stage, step, self.config.rollout.temperature)
+                self.step(trainer, samples, PolicyGradient.of(algo, temperature, kl), stage, step)
             self.publish()
-            self.metrics[-1]["reward/mean"] = float(rewards.mean())
+            self.metrics[-1]["reward/mean"] = sum(s.total for s in scores) / len(scores)
+
+    def score(self, episode: Episode) -> Score:
+        return Score.of(self.rule, episode, self.config.reward.success_at)
 
     def evaluate(self, index: int, stage: EvalStage) -> None:
         tasks = TaskStream(self.world.source, stage.split).next(stage.n)
         for temperature in (stage.temperature, *([0.0] if stage.greedy else [])):
             identities = [(t, Identity(index, 0, t.id)) for t in tasks]
             episodes = asyncio.run(self.play(identities, self.sampling(temperature)))
-            rewards = [Score.of(self.rule, e).total for e in episodes]
-            outcomes = [
-                Outcome(r >= self.config.reward.success_at, len(e.turns), r)
-                for e, r in zip(episodes, rewards, strict=True)
-            ]
+            scores = [self.score(e) for e in episodes]
+            outcomes = [Outcome(s.success, len(e.turns), s.total) for e, s in zip(episodes, scores, strict=True)]
             self.reports.append(report(outcomes, self.limits.max_turns))
 
     async def play(self, wanted: list[tuple[Task, Identity]], sampling: Sampling) -> list[Episode]:
@@ -141,12 +177,12 @@ class Loop:
             )
         )
 
-    def step(self, trainer: Any, samples: Any, objective: Any, stage: Any, step: int, temperature: float) -> None:
+    def step(self, trainer: Any, samples: Any, objective: Any, stage: Any, step: int) -> None:
         lr = learning_rate(
             step, base=stage.lr, total=stage.steps, warmup=stage.warmup_steps, schedule=stage.schedule
         )
         budget = self.config.learner.micro_batch_tokens
-        sums, _ = optimizer_step(trainer, samples, objective, lr=lr, temperature=temperature, token_budget=budget)
+        sums, _ = optimizer_step(trainer, samples, objective, lr=lr, token_budget=budget)
         self.metrics.append(to_metrics(sums))
 
     def publish(self) -> None:
@@ -158,7 +194,7 @@ class Loop:
     def demonstrations(self, stage: SftStage) -> list[Trajectory]:
         demo = stage.demonstrations
         if demo.path:
-            return encode_rows(demo.path, self.codec, self.limits.max_length)
+            return [e.trajectories[0] for e in encode_rows(demo.path, self.codec, self.limits.max_length)]
 
         async def all_of_them() -> list[Trajectory]:
             tasks = TaskStream(self.world.source, "train").next(demo.count)

@@ -16,7 +16,7 @@ from rl.reward import Score
 from rl.trajectory import Summary
 
 
-def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]], success_at: float) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]]) -> dict[str, float]:
     """Reward, success, lengths and flags of a step's episodes."""
     summaries = [s for summary, _ in groups for s in summary]
     scores = [s for _, score in groups for s in score]
@@ -28,13 +28,13 @@ def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]],
         **{f"reward/{p}": sum(s.parts.get(p, 0.0) for s in scores) / n for p in sorted(parts)},
         "reward/mean": mean,
         "reward/std": math.sqrt(sum((s.total - mean) ** 2 for s in scores) / n),
-        "reward/success": sum(s.total >= success_at for s in scores) / n,
+        "reward/success": sum(s.success for s in scores) / n,
         "reward/zero_variance_groups": sum(len({s.total for s in score}) == 1 for _, score in groups)
         / max(1, len(groups)),
         "response_length/mean": sum(s.sampled_tokens for s in summaries) / n,
         "episode_length/mean": sum(s.tokens for s in summaries) / n,
         "num_turns/mean": sum(s.turns for s in summaries) / n,
-        **{f"flags/{name}": flags[name] / n for name in ("truncated", "tool_error")},
+        **{f"flags/{name}": flags[name] / n for name in ("truncated", "tool_error", "void")},
         "stop/done": sum(s.stop_reason == "done" for s in summaries) / n,
     }
 

@@ -1,8 +1,10 @@
 """A causal LM as the learner and the reference see it: token log-probs and entropy at chosen positions."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -118,10 +120,8 @@ class TokenScorer(nn.Module):
         cap = getattr(lm.config, "final_logit_softcapping", None)
         self._cap = float(cap) if cap else None
 
-    def forward(
-        self, packed: Packed, before_N: Tensor, targets_N: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs of targets_N and entropies, float32 [N], of softmax(logits / temperature) after `before_N`."""
+    def forward(self, packed: Packed, before_N: Tensor, targets_N: Tensor, head: "Head") -> tuple[Tensor, Tensor]:
+        """What `head` makes of the logits after `before_N`, two float32 [N]: log-probs of targets_N and entropies."""
         hidden_1UD = self.lm.base_model(
             input_ids=packed.tokens_U[None], position_ids=packed.positions_U[None], use_cache=False, packed=packed
         ).last_hidden_state
@@ -129,25 +129,89 @@ class TokenScorer(nn.Module):
         vocabulary = self.lm.config.get_text_config().vocab_size
         rows = max(1, _LOGITS_HELD[picked_ND.device.type == "cpu"] // vocabulary)
         if len(targets_N) <= rows:
-            return self._score(picked_ND, targets_N, temperature)
+            return self._score(picked_ND, targets_N, head)
         parts = [
-            checkpoint(self._score, picked, targets, temperature, use_reentrant=False)
+            checkpoint(self._score, picked, targets, head, use_reentrant=False)
             for picked, targets in zip(picked_ND.split(rows), targets_N.split(rows), strict=True)
         ]
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    def _score(self, picked_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _score(self, picked_ND: Tensor, targets_N: Tensor, head: "Head") -> tuple[Tensor, Tensor]:
         logits_NV = self.lm.get_output_embeddings()(picked_ND).float()
         if self._cap is not None:
             logits_NV = self._cap * torch.tanh(logits_NV / self._cap)
-        if temperature != 1:
-            logits_NV = logits_NV / temperature
+        return head(logits_NV, targets_N)
+
+
+class Head(Protocol):
+    """What is computed where the logits are: [n, V] and targets [n] to two float32 [n], a part of them at a time."""
+
+    def __call__(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class LogprobHead:
+    """Log-probs of the targets and entropies under softmax(logits / temperature)."""
+
+    temperature: float = 1.0
+    entropy_gradient: bool = False
+
+    def __call__(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        if self.temperature != 1:
+            logits_NV = logits_NV / self.temperature
         log_softmax_NV = torch.log_softmax(logits_NV, dim=-1)
         logprobs_N = log_softmax_NV.gather(-1, targets_N[:, None]).squeeze(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
             entropy_N = -(log_softmax_NV.exp() * log_softmax_NV).sum(-1)
         return logprobs_N, entropy_N
+
+
+class ValueScorer(nn.Module):
+    """A model's body with a scalar head: a critic, or a reward model.
+
+    lm: a causal LM, whose output head is left for a scalar one of zeros, or transformers' model for sequence
+    classification with one label, as `save` writes it.
+    """
+
+    def __init__(self, lm: Any):
+        super().__init__()
+        use_packed_attention(lm)
+        self.body = lm.base_model
+        self.score = getattr(lm, "score", None) or nn.Linear(
+            lm.config.get_text_config().hidden_size, 1, bias=False, dtype=lm.dtype
+        )
+        if not hasattr(lm, "score"):
+            nn.init.zeros_(self.score.weight)
+
+    def save(self, folder: str | Path) -> None:
+        """In Hugging Face's format, for AutoModelForSequenceClassification."""
+        from transformers import AutoModelForSequenceClassification
+
+        config = copy.deepcopy(self.body.config)
+        config.num_labels = 1
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if config.pad_token_id in ends:
+            # transformers reads the score at the last token that is no padding, and an episode ends with an end token.
+            config.pad_token_id = None
+        with torch.device("meta"):
+            whole: Any = AutoModelForSequenceClassification.from_config(config)
+        state = {f"{whole.base_model_prefix}.{name}": p for name, p in self.body.state_dict().items()}
+        whole.save_pretrained(folder, state_dict={**state, "score.weight": self.score.weight})
+
+    @staticmethod
+    def load(folder: str | Path, dtype: str) -> "ValueScorer":
+        from transformers import AutoModelForSequenceClassification
+
+        return ValueScorer(AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=DTYPES[dtype]))
+
+    def forward(self, packed: Packed, at_N: Tensor, targets_N: Tensor, head: Any) -> tuple[Tensor, Tensor]:
+        """Values, float32 [N], of the states after the tokens at_N; the second [N] is zero, for TokenScorer's sake."""
+        hidden_1UD = self.body(
+            input_ids=packed.tokens_U[None], position_ids=packed.positions_U[None], use_cache=False, packed=packed
+        ).last_hidden_state
+        values_N = self.score(F.embedding(at_N, hidden_1UD[0])).float().squeeze(-1)
+        return values_N, torch.zeros_like(values_N)
 
 
 @torch.no_grad()
@@ -155,19 +219,45 @@ def sequence_logprobs(scorer: nn.Module, token_ids: list[int], device: str = "cp
     """log p(token t | tokens < t) for t = 1..T-1 of one sequence, float32 [T-1], at temperature 1: the weight probe."""
     packed, (places,) = pack([np.asarray(token_ids)])
     before_N, targets_N = torch.from_numpy(places[:-1]), torch.tensor(token_ids[1:])
-    return scorer(packed.to(device), before_N.to(device), targets_N.to(device), 1.0)[0].cpu()
+    return scorer(packed.to(device), before_N.to(device), targets_N.to(device), LogprobHead())[0].cpu()
 
 
 @torch.no_grad()
-def frozen_logprobs(
-    scorer: nn.Module, trajectories: Sequence[Trajectory], temperature: float, token_budget: int, device: str = "cpu"
+def frozen_scores(
+    scorer: nn.Module,
+    trajectories: Sequence[Trajectory],
+    head: Any,
+    token_budget: int,
+    device: str = "cpu",
+    passes: Callable[[int], int] = lambda own: own,
 ) -> list[np.ndarray]:
-    """For each trajectory float32 [T]: its trained tokens' log-probs, 0 elsewhere. What a reference policy says."""
+    """For each trajectory float32 [T]: its trained tokens' log-probs, or values, and 0 elsewhere.
+
+    passes: how many forward passes to make when this process needs `own`: under ZeRO-3 ranks must make equally many.
+    """
     out = [np.zeros(len(t), np.float32) for t in trajectories]
-    for indices in plan([t.tokens for t in trajectories], token_budget):
-        micro = collate([Sample(trajectories[i], 0.0) for i in indices]).to(device)
-        scored = scorer(micro.packed, micro.before_N, micro.targets_N, temperature)[0].cpu().numpy()
+    batches = plan([t.tokens for t in trajectories], token_budget)
+    wanted = passes(len(batches))
+    for indices in [*batches, *[batches[0][:1]] * (wanted - len(batches))]:
+        samples = [Sample(trajectories[i], np.zeros(len(trajectories[i]), np.float32)) for i in indices]
+        micro = collate(samples).to(device)
+        scored = scorer(micro.packed, micro.before_N, micro.targets_N, head)[0].cpu().numpy()
         at = [trained_positions(trajectories[i]) for i in indices]
         for i, positions, part in zip(indices, at, np.split(scored, np.cumsum([*map(len, at)])[:-1]), strict=True):
             out[i][positions] = part
+    return out
+
+
+@torch.no_grad()
+def last_values(scorer: nn.Module, trajectories: Sequence[Trajectory], token_budget: int) -> list[float]:
+    """A reward model's score of each trajectory: the value at its last trained token; 0 where it has none."""
+    out = [0.0] * len(trajectories)
+    for indices in plan([t.tokens for t in trajectories], token_budget):
+        packed, places = pack([trajectories[i].tokens for i in indices])
+        at = [trained_positions(trajectories[i]) for i in indices]
+        spoken = [k for k, positions in enumerate(at) if len(positions)]
+        ends = torch.tensor([places[k][at[k][-1]] for k in spoken], dtype=torch.int64)
+        values = scorer(packed, ends, ends, None)[0].tolist()
+        for k, value in zip(spoken, values, strict=True):
+            out[indices[k]] = value
     return out

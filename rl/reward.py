@@ -18,17 +18,27 @@ class Score:
 
     total: float
     parts: Mapping[str, float]
+    success: bool
+
+    @property
+    def outcome(self) -> float:
+        """What the rule gave at the end, without what the environment gave turn by turn."""
+        return sum(self.parts.values())
 
     @staticmethod
-    def of(function: RewardFunction, episode: Episode) -> "Score":
-        """Raises ValueError when the rule returns something that is not a finite number."""
+    def of(function: RewardFunction, episode: Episode, success_at: float = 1.0) -> "Score":
+        """Success is a total of at least `success_at`.
+
+        Raises ValueError when the rule returns something that is not a finite number.
+        """
         result = function(episode.task, episode)
         parts = dict(result) if isinstance(result, Mapping) else {"outcome": result}
         if not all(isinstance(v, numbers.Real) and math.isfinite(v) for v in parts.values()):
             name = getattr(function, "__name__", function)
             raise ValueError(f"the reward function {name} returned {result!r}: expected a finite number")
         parts = {k: float(v) for k, v in parts.items()}
-        return Score(sum(parts.values()) + episode.turn_reward, parts)
+        total = sum(parts.values()) + episode.turn_reward
+        return Score(total, parts, total >= success_at)
 
 
 def final_answer(task: Task, episode: Episode) -> float:

@@ -40,16 +40,24 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the controller knows of an episode without its tokens."""
+    """What the controller knows of an episode without its tokens. turn_tokens: sampled tokens of each turn."""
 
     identity: Identity
     tokens: int
-    sampled_tokens: int
-    turns: int
+    turn_tokens: tuple[int, ...]
+    turn_rewards: tuple[float, ...]
     stop_reason: str
     flags: tuple[str, ...]
     oldest_version: int
     duration_s: float
+
+    @property
+    def turns(self) -> int:
+        return len(self.turn_rewards)
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(self.turn_tokens)
 
 
 def to_trajectory(episode: Episode) -> Trajectory:
@@ -79,8 +87,8 @@ def summarise(episode: Episode, trajectory: Trajectory) -> Summary:
     return Summary(
         episode.identity,
         len(trajectory),
-        int(trajectory.loss_mask.sum()),
-        len(episode.turns),
+        tuple(len(turn.token_ids) for turn in episode.turns),
+        tuple(turn.reward for turn in episode.turns),
         str(episode.stop_reason),
         tuple(flag for turn in episode.turns for flag in turn.flags),
         trajectory.oldest_version,
@@ -115,8 +123,8 @@ SCHEMA = pa.schema(
 )
 
 
-def to_row(episode: Episode, trajectory: Trajectory, score: Score, advantage: float, success: bool) -> dict[str, Any]:
-    """One Parquet row; `messages` is the readable conversation as JSON."""
+def to_row(episode: Episode, trajectory: Trajectory, score: Score, advantage: float) -> dict[str, Any]:
+    """One Parquet row; `advantage` is the mean over its tokens, `messages` is the readable conversation as JSON."""
     messages: list[Any] = list(episode.prompt)
     for turn in episode.turns:
         messages += [{"role": "assistant", "content": turn.text}, *turn.observation]
@@ -134,7 +142,7 @@ def to_row(episode: Episode, trajectory: Trajectory, score: Score, advantage: fl
         "reward": score.total,
         "reward_parts": list(score.parts.items()),
         "advantage": advantage,
-        "success": success,
+        "success": score.success,
         "answer": episode.task.answer,
         "stop_reason": str(episode.stop_reason),
         "duration_s": episode.duration_s,

@@ -59,8 +59,8 @@ def test_the_command_line_imports_serving_only_inside_a_command():
 
 
 @pytest.mark.parametrize("path", sources("rl/algo"), ids=name)
-def test_mathematics_needs_torch_only(path):
-    assert imported(path) <= {"torch", "math", "rl"}
+def test_mathematics_needs_torch_and_numpy_only(path):
+    assert imported(path) <= {"torch", "numpy", "rl", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("module", ["rl.config", "rl.config_file"])

@@ -123,7 +123,11 @@ class CalculatorTasks:
 
 
 class Calculator:
-    """A turn with a tool call is answered by its result; a turn without one is the answer and ends the episode."""
+    """A turn with a tool call is answered by its result; a turn without one is the answer and ends the episode.
+
+    An answer without a number is flagged void. With `progress_reward` each turn is given that much for the next step of
+    the expression that was still to do, and for the right answer.
+    """
 
     reward = "rl.reward.final_answer"
     tasks = CalculatorTasks
@@ -132,16 +136,32 @@ class Calculator:
         self._config = config
 
     async def reset(self, task: Task) -> Observation:
+        self._to_do, self._answer = task.prompt["expression"].steps(), task.answer
         return Observation([{"role": "user", "content": str(task.prompt["expression"])}], [TOOL])
 
     async def step(self, action: Action) -> Step:
         if not action.tool_calls and action.error is None:
-            return Step(Observation([]), done=True)
+            gain = self._config.progress_reward * (action.text.strip() == self._answer)
+            return Step(Observation([]), gain, done=True, info={"flags": void_flags(action)})
         content, error = answer_call(action)
-        return Step(Observation([{"role": "tool", "content": content}]), info={"flags": [error] if error else []})
+        flags = [error] if error else []
+        return Step(Observation([{"role": "tool", "content": content}]), self._progress(action), info={"flags": flags})
+
+    def _progress(self, action: Action) -> float:
+        """What the call is worth: the first step still to do is done once, whatever came between."""
+        asked = tuple(action.tool_calls[0].arguments.get(k) for k in ("a", "op", "b")) if action.tool_calls else ()
+        if not self._to_do or len(action.tool_calls) != 1 or asked != self._to_do[0]:
+            return 0.0
+        self._to_do.pop(0)
+        return self._config.progress_reward
 
     async def close(self) -> None:
         pass
+
+
+def void_flags(action: Action) -> list[str]:
+    """A turn that neither calls a tool nor states a number does nothing: SimpleTIR's void turn."""
+    return [] if last_integer(action.text) else ["void"]
 
 
 def last_integer(text: str) -> str | None:

@@ -40,7 +40,8 @@ class Question:
 
     async def step(self, action: Action) -> Step:
         if self._tool == "none" or (not action.tool_calls and action.error is None):
-            return Step(Observation([]), done=True)
+            void = not action.text.strip()
+            return Step(Observation([]), done=True, info={"flags": ["void"] if void else []})
         content, error = answer_call(action)
         return Step(Observation([{"role": "tool", "content": content}]), info={"flags": [error] if error else []})
 

@@ -1,39 +1,56 @@
 """The learner's ranks against each other and against plain torch: the same batch gives the same update."""
 
-
 import numpy as np
 import pytest
 import ray
 import torch
 
-from actors.learner import LearnerRank, RlBatch
+from actors.learner import LearnerRank
+from actors.learner_batch import Drawn, Held, RlBatch, example_samples
 from actors.role import bound_threads
-from rl.batch import Sample
-from rl.config import GrpoConfig, KlConfig
+from rl import adapter
+from rl.algo.loss import token_weights
+from rl.batch import Sample, spread_weights, turn_lengths
+from rl.config_algo import AlgoConfig, CriticConfig, KlConfig
+from rl.config_stage import PairsConfig, PreferenceStage, RlStage
+from rl.data_stage import Example
 from rl.env import World
-from rl.gradient import TorchTrainer, add_sums, grpo_objective, optimizer_step, to_metrics, weigh
-from rl.model import TokenScorer, load_causal_lm
+from rl.gradient import TorchTrainer, optimizer_step
+from rl.model import LogprobHead, TokenScorer, ValueScorer, frozen_scores, load_causal_lm
+from rl.objective import PolicyGradient, Preference, ValueRegression, add_sums, to_metrics
 from rl.pretrained import prepare_model
 from rl.trajectory import Trajectory
+from rl.weights import unpack
 
 PROBE = list(range(3, 60))
-ALGO = GrpoConfig(group_size=4, kl=KlConfig(coefficient=0.1))
+ALGO = AlgoConfig(group_size=4, kl=KlConfig(coefficient=0.1), aggregation="token")
 STEPS, LR = 3, 1e-3
 EPS = 1e-4  # of the gradient's own size: one that is dropped shows
+SMALL = ("model.scratch.layers=2", "model.scratch.hidden=64", "model.scratch.heads=2")
 
 
 @pytest.fixture(scope="module")
 def model(quickstart_config, tmp_path_factory):
-    small = ("model.scratch.layers=2", "model.scratch.hidden=64", "model.scratch.heads=2")
-    config = quickstart_config(*small)
+    config = quickstart_config(*SMALL)
     return str(prepare_model(config.model, World(config.env, 0), 0, tmp_path_factory.mktemp("m") / "m"))
+
+
+def columns_of(rng, t: Trajectory) -> dict[str, np.ndarray]:
+    """A reference, advantages that differ from token to token, values and returns; all 0 off the mask."""
+    drawn = {
+        "reference": -5.8 + 0.1 * rng.standard_normal(len(t)),
+        "advantages": rng.standard_normal(len(t)),
+        "values": 0.1 * rng.standard_normal(len(t)),
+        "returns": rng.standard_normal(len(t)),
+    }
+    return {name: np.where(t.loss_mask, values, 0).astype(np.float32) for name, values in drawn.items()}
 
 
 @pytest.fixture(scope="module")
 def batch():
-    """Three groups of four trajectories of very different lengths, with behaviour and reference log-probs."""
+    """Three groups of four two-turn trajectories of very different lengths, and their columns."""
     rng = np.random.default_rng(0)
-    groups, references = [], []
+    groups, columns = [], []
     for _ in range(3):
         trajectories = []
         for _ in range(4):
@@ -44,86 +61,214 @@ def batch():
                 Trajectory(
                     rng.integers(3, 300, length).astype(np.int32),
                     mask,
-                    np.zeros(length, np.int16),
+                    np.where(np.arange(length) < length // 2, 0, 1).astype(np.int16),
                     np.where(mask, -5.8 + 0.3 * rng.standard_normal(length), 0).astype(np.float32),
                     np.where(mask, 0, -1).astype(np.int32),
                 )
             )
         groups.append(trajectories)
-        references.append([np.where(t.loss_mask, -5.8, 0).astype(np.float32) for t in trajectories])
-    return groups, references, rng.standard_normal((3, 4)).tolist()
+        columns.append([columns_of(rng, t) for t in trajectories])
+    return groups, columns
 
 
-def plain_torch(config, model, batch):
-    """AdamW on the whole batch in one process, without DeepSpeed: the yardstick."""
-    groups, references, advantages = batch
-    scorer = TokenScorer(load_causal_lm(model, "float32"))
+def torch_trainer(config, scorer):
     c = config.learner
-    trainer = TorchTrainer(
+    return TorchTrainer(
         scorer, betas=c.betas, weight_decay=c.weight_decay, grad_clip=c.grad_clip, device="cpu", eps=EPS
     )
+
+
+def plain_torch(config, model, batch, algo):
+    """AdamW on the whole batch in one process, without DeepSpeed: the yardstick."""
+    groups, columns = batch
+    lm = load_causal_lm(model, "float32")
+    if config.learner.lora:
+        adapter.attach(lm, config.learner.lora, seed=0)
+        adapter.fold(lm, seed_of_the_first_stage())
+    trainer = torch_trainer(config, TokenScorer(lm))
     flat = [(g, s) for g in range(3) for s in range(4)]
-    weights = weigh([int(groups[g][s].loss_mask[1:].sum()) for g, s in flat], ALGO)
+    weights = token_weights([turn_lengths(groups[g][s]) for g, s in flat], aggregation=algo.aggregation)
     samples = [
-        Sample(groups[g][s], w, advantages[g][s], references[g][s]) for (g, s), w in zip(flat, weights, strict=True)
+        Sample(groups[g][s], spread_weights(groups[g][s], w), columns[g][s])
+        for (g, s), w in zip(flat, weights, strict=True)
     ]
     for _ in range(STEPS):
-        sums, _ = optimizer_step(
-            trainer, samples, grpo_objective(ALGO), lr=LR, temperature=1.0, token_budget=10_000
-        )
-    return {n: p.detach() for n, p in scorer.lm.named_parameters()}, to_metrics(sums)
+        sums, _ = optimizer_step(trainer, samples, PolicyGradient.of(algo, 1.0), lr=LR, token_budget=10_000)
+    return {n: t.clone() for n, t in adapter.merged_tensors(lm)}, to_metrics(sums)
 
 
-def through_actors(config, model, batch):
-    groups, references, advantages = batch
-    rank = ray.remote(LearnerRank)
-    options = {"num_cpus": 0, "runtime_env": {"env_vars": bound_threads(1)}}
-    ranks = [rank.options(**options).remote(config, "cpu", i) for i in range(config.learner.count)]
-    try:
-        host, port = ray.get(ranks[0].address.remote())
-        ray.get([r.open.remote(model, PROBE, host, port) for r in ranks])
-        ray.get([r.begin_stage.remote(True, EPS) for r in ranks])
-        lengths = [[(len(t), int(t.loss_mask[1:].sum())) for t in g] for g in groups]
-        chosen = [(g, s) for g in range(3) for s in range(4)]
-        shipped = RlBatch(
-            [ray.put(g) for g in groups], lengths, advantages, chosen, ray.put(references), ALGO, 1.0
-        )
-        for step in range(STEPS):
-            results = ray.get([r.rl_step.remote((0, step, 0), shipped, LR) for r in ranks])
-        again = ray.get([r.rl_step.remote((0, STEPS - 1, 0), shipped, LR) for r in ranks])
-        assert [r.sums for r in again] == [r.sums for r in results], "a step that ran is not run again"
-        manifests = ray.get([r.prepare.remote(0, STEPS) for r in ranks])
+def seed_of_the_first_stage() -> int:
+    from rl.task import derive_seed
+
+    return derive_seed("adapter", 0, 0)
+
+
+class Ranks:
+    """A learner group of its own, killed at the end."""
+
+    def __init__(self, config, model):
+        rank = ray.remote(LearnerRank)
+        options = {"num_cpus": 0, "runtime_env": {"env_vars": bound_threads(1)}}
+        self.actors = [rank.options(**options).remote(config, "cpu", i) for i in range(config.learner.count)]
+        self.model = model
+
+    def __enter__(self):
+        host, port = ray.get(self.actors[0].address.remote())
+        self.all("open", self.model, PROBE, host, port)
+        return self
+
+    def __exit__(self, *_):
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def all(self, method, *arguments):
+        return ray.get([getattr(a, method).remote(*arguments) for a in self.actors])
+
+    def step(self, method, *arguments):
         sums = {}
-        for result in results:
+        for result in self.all(method, *arguments):
             sums = add_sums(sums, result.sums)
+        return sums
+
+    def published(self, what="all"):
+        manifests = self.all("prepare", 0, STEPS, what)
         weights = {}
-        from rl.weights import unpack
-
         for i, bucket in enumerate(manifests[0][0].buckets):
-            data, _, _ = ray.get(ranks[i % len(ranks)].bucket.remote(0, i))
-            weights |= {n: t.clone() for n, t in unpack(bucket, data, "float32")}
-        return weights, to_metrics(sums)
-    finally:
-        for r in ranks:
-            ray.kill(r)
+            data, _, _ = ray.get(self.actors[i % len(self.actors)].bucket.remote(0, i))
+            weights |= {n: t.clone() for n, t in unpack(bucket, data, manifests[0][0].dtype)}
+        return weights, manifests[0][0]
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 0), (2, 2)])
-def test_one_rank_and_two_give_plain_torchs_update(ray_cluster, quickstart_config, model, batch, ranks, zero_stage):
+def rl_stage(algo) -> RlStage:
+    return RlStage(kind="rl", steps=STEPS, lr=LR, adam_eps=EPS, tasks_per_step=3, algo=algo)
+
+
+def shipped(batch, algo) -> RlBatch:
+    groups, columns = batch
+    return RlBatch(
+        [ray.put(g) for g in groups],
+        [[len(t) for t in g] for g in groups],
+        [[turn_lengths(t) for t in g] for g in groups],
+        ray.put(columns),
+        [(g, s) for g in range(3) for s in range(4)],
+        algo,
+        320,
+        1.0,
+        algo.kl.coefficient,
+    )
+
+
+def assert_same_update(model, found, expected):
     """fp32 sums in another order differ by 1e-7; Adam's division makes that at most 1e-2 of a step where it moves."""
-    config = quickstart_config(
-        f"learner.count={ranks}", f"learner.zero_stage={zero_stage}", "learner.micro_batch_tokens=128",
-        "weights.bucket_mib=1",
-    )  # fmt: skip
-    expected, expected_metrics = plain_torch(config, model, batch)
-    weights, metrics = through_actors(config, model, batch)
     start = dict(load_causal_lm(model, "float32").named_parameters())
-    assert set(weights) == set(expected)
+    assert set(found) == set(expected)
     moved = torch.cat([(expected[n] - start[n]).abs().flatten() for n in expected])
-    apart = torch.cat([(expected[n] - weights[n]).abs().flatten() for n in expected])
-    assert moved.mean() > 1e-4
-    assert apart.mean() < 1e-3 * moved.mean() and apart.max() < 0.2 * LR, (apart.mean(), apart.max())
+    apart = torch.cat([(expected[n] - found[n]).abs().flatten() for n in expected])
+    assert moved.mean() > 2e-5
+    assert apart.mean() < 1e-3 * moved.mean() and apart.max() < 0.2 * LR, (apart.mean(), apart.max(), moved.mean())
+
+
+LORA = ("learner.lora.rank=4", "learner.lora.alpha=8")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "more", "aggregation"),
+    [
+        (1, 0, (), "token"),
+        (1, 0, LORA, "token"),
+        (2, 0, (), "sequence"),
+        (2, 1, (), "turn"),
+        (2, 2, (), "token"),
+        (2, 3, (), "sum"),
+        (2, 2, LORA, "turn"),
+        (2, 3, LORA, "token"),
+    ],
+)
+def test_ranks_zero_stages_and_adapters_give_plain_torchs_update(
+    ray_cluster, quickstart_config, model, batch, ranks, zero_stage, more, aggregation
+):
+    config = quickstart_config(
+        *SMALL, f"learner.count={ranks}", f"learner.zero_stage={zero_stage}", "learner.micro_batch_tokens=128",
+        "weights.bucket_mib=1", *more,
+    )  # fmt: skip
+    algo = ALGO.model_copy(update={"aggregation": aggregation})
+    expected, expected_metrics = plain_torch(config, model, batch, algo)
+    with Ranks(config, model) as learner:
+        learner.all("begin_stage", 0, rl_stage(algo), model, None)
+        one = shipped(batch, algo)
+        for step in range(STEPS):
+            sums = learner.step("rl_step", (0, step, 0), one, LR, None)
+        again = learner.step("rl_step", (0, STEPS - 1, 0), one, LR, None)
+        assert again == sums, "a step that ran is not run again"
+        weights, _ = learner.published()
+        if more:
+            base, _ = learner.published("base")
+            assert all(torch.equal(base[n], p) for n, p in load_causal_lm(model, "float32").named_parameters())
+    assert_same_update(model, weights, expected)
+    metrics = to_metrics(sums)
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
 
 
+def test_a_critic_learns_beside_the_policy_on_two_ranks(ray_cluster, quickstart_config, model, batch):
+    """Its values before and after, and its loss, against a value model trained in this process."""
+    algo = AlgoConfig(name="ppo", critic=CriticConfig(lr=LR, clip=None, epochs=2, warmup_steps=0))
+    config = quickstart_config(*SMALL, "learner.count=2", "learner.zero_stage=2", "learner.micro_batch_tokens=128")
+    groups, columns = batch
+    flat = [(g, s) for g in range(3) for s in range(4)]
+    scorer = ValueScorer(load_causal_lm(model, "float32"))
+    trainer = torch_trainer(config, scorer)
+    one = shipped(batch, algo)
+    valued = one.for_critic([Sample(groups[g][s], np.zeros(len(groups[g][s])), columns[g][s]) for g, s in flat])
+    for _ in range(2):
+        sums, _ = optimizer_step(trainer, valued, ValueRegression(None), lr=LR, token_budget=10_000)
+    expected = frozen_scores(scorer, [groups[g][s] for g, s in flat], None, 10_000)
+    with Ranks(config, model) as learner:
+        learner.all("begin_stage", 0, rl_stage(algo), model, None)
+        before = learner.all("score", one.groups, 1.0, ["values", "proximal"])
+        found = learner.step("rl_step", (0, 0, 0), one, LR, LR)
+        after = learner.all("score", one.groups, 1.0, ["values"])
+    of_group = {g: after[g % 2][g // 2] for g in range(3)}
+    values = np.concatenate([of_group[g][s]["values"] for g, s in flat])
+    assert not any(c["values"].any() for share in before for group in share for c in group), "the head starts at zero"
+    assert any(c["proximal"].any() for share in before for group in share for c in group)
+    assert np.abs(values).max() > 0.01
+    np.testing.assert_allclose(values, np.concatenate(expected), atol=2e-3 * np.abs(values).max() + 1e-5)
+    assert to_metrics(found)["critic/loss"] > 0 and "actor/pg_loss" in to_metrics(found)
+    # Both sums are over the two epochs here, over the last one there: the first epoch's loss is the larger.
+    assert found["critic/loss@values"] / 2 > sums["critic/loss@values"]
+
+
+def test_pairs_on_two_ranks_with_a_reference_by_the_learner(ray_cluster, quickstart_config, model, batch):
+    """M-DPO and M-KTO over two ranks against one process; the reference is what the learner itself scored before."""
+    groups, _ = batch
+    config = quickstart_config(*SMALL, "learner.count=2", "learner.zero_stage=1", "learner.micro_batch_tokens=128")
+    pairs = [
+        Example((g[0], g[1], groups[(i + 1) % 3][2]), (1.0, -1.0, 0.0), "pair") for i, g in enumerate(groups)
+    ]
+    for loss in ("sigmoid", "kto"):
+        stage = PreferenceStage(
+            kind="preference", steps=STEPS, lr=LR, adam_eps=EPS, batch_size=3, loss=loss, beta=0.5,
+            reference="last_iterate", pairs=PairsConfig(path="given"),
+        )  # fmt: skip
+        lm = load_causal_lm(model, "float32")
+        scorer = TokenScorer(lm)
+        trainer = torch_trainer(config, scorer)
+        flat = iter(frozen_scores(scorer, [t for p in pairs for t in p.trajectories], LogprobHead(), 10_000))
+        held = [Held(p, [next(flat) for _ in p.trajectories]) for p in pairs]
+        for _ in range(STEPS):
+            strange = frozen_scores(scorer, [p.trajectories[2] for p in pairs], LogprobHead(), 10_000)
+            gains = [float((s - h.references[2]).sum()) for s, h in zip(strange, held, strict=True)]
+            kl = max(0.0, sum(gains) / 3) if loss == "kto" else 0.0
+            optimizer_step(
+                trainer, example_samples(held, 0, 1), Preference(stage, LogprobHead(), kl), lr=LR, token_budget=10_000
+            )
+        with Ranks(config, model) as learner:
+            learner.all("begin_stage", 0, stage, model, None)
+            assert learner.all("hold", [ray.put(pairs)], False) == [3, 3]
+            learner.all("hold_references", [a.score_held.remote(False) for a in learner.actors])
+            for step in range(STEPS):
+                sums = learner.step("example_step", (0, step, 0), Drawn([0, 1, 2]), step, LR)
+            weights, _ = learner.published()
+        assert_same_update(model, weights, {n: p.detach() for n, p in lm.named_parameters()})
+        assert to_metrics(sums)["preference/margin"] > 0.1

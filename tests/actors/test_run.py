@@ -35,7 +35,7 @@ def test_every_role_is_a_process_of_its_own_and_was_called(small_run: Run):
     assert {"controller", "generator", "rollout", "reward", "reference", "learner", "buffer"} <= set(last)
     assert len({s["pid"] for s in last.values()}) == len(last)
     assert last["reward"]["calls"]["score"] > 0
-    assert last["reference"]["calls"]["logprobs"] == STEPS
+    assert last["reference"]["calls"]["columns"] == STEPS
     assert last["learner"]["calls"]["step"] == 12 + 2 * STEPS
 
 

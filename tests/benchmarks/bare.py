@@ -23,7 +23,8 @@ from vllm import LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rl.batch import Sample, mini_batches
-from rl.config import Config, RlStage
+from rl.config import Config
+from rl.config_stage import RlStage
 from rl.config_file import load_config
 from rl.engine import EngineOptions, _engine_args
 from rl.gradient import TorchTrainer, grpo_objective, optimizer_step, weigh

@@ -2,6 +2,8 @@
 
 import json
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rl.config import CalculatorConfig
-from rl.demonstration import demonstrate, draw_batch, encode_messages, encode_rows, read_rows
+from rl.demonstration import demonstrate, draw_batch, encode_messages, encode_pairs, encode_rows, read_rows
 from rl.env import World
 from rl.envs.calculator import TOOL, answer_call
 from rl.episode import Limits
@@ -94,12 +96,11 @@ async def test_guesses_are_the_asked_share_of_the_tasks_and_always_the_same_ones
     assert set(await turns(1.0)) == {1}
 
 
-async def test_an_environment_without_a_demonstrator_says_what_to_set(codec, world):
-    class Undemonstrated:
-        source = object()
-
+async def test_an_environment_without_a_demonstrator_says_what_to_set(codec):
+    world: Any = SimpleNamespace(source=object())
+    task: Any = None
     with pytest.raises(ValueError, match=r"demonstrations\.path"):
-        await demonstrate(Undemonstrated(), None, codec, guess_fraction=0, limits=LIMITS, seed=0)
+        await demonstrate(world, task, codec, guess_fraction=0, limits=LIMITS, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,9 @@ def test_rows_may_hold_structured_calls_as_openai_writes_them(tmp_path, codec):
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     messages += [{"role": "tool", "content": "2", "tool_call_id": "1"}, {"role": "assistant", "content": "2"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "tools": [TOOL]}))
-    (t,) = encode_rows(str(tmp_path / "rows.jsonl"), codec, 500)
+    (example,) = encode_rows(str(tmp_path / "rows.jsonl"), codec, 500)
+    (t,) = example.trajectories
+    assert (example.labels, example.source) == ((1.0,), "demonstration")
     said = codec.text(t.tokens[t.loss_mask & (t.turn == 0)])
     assert said == '<tool_call>{"name": "calculator", "arguments": {"a": 1, "op": "+", "b": 1}}</tool_call>'
 
@@ -150,7 +153,30 @@ def test_jsonl_and_parquet_hold_the_same_demonstrations(tmp_path, codec):
     pq.write_table(table, tmp_path / "rows.parquet")
     first, second = (encode_rows(str(tmp_path / f"rows.{kind}"), codec, 500) for kind in ("jsonl", "parquet"))
     assert len(first) == 2
-    assert [t.tokens.tolist() for t in first] == [t.tokens.tolist() for t in second]
+    tokens = [[t.tokens.tolist() for example in both for t in example.trajectories] for both in (first, second)]
+    assert tokens[0] == tokens[1] == [encode_messages(codec, row["messages"]).tokens.tolist() for row in rows]
+
+
+def talk(answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": answer}]
+
+
+def test_a_pair_is_two_conversations_the_chosen_one_first(tmp_path, codec):
+    rows = [{"rejected": talk("3"), "chosen": json.dumps(talk("2"))}, {"chosen": talk("two"), "rejected": talk("")}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = encode_pairs(str(tmp_path / "pairs.jsonl"), codec, 500)
+    said = [[codec.text(t.tokens[t.loss_mask]) for t in pair.trajectories] for pair in pairs]
+    assert said == [["2", "3"], ["two", ""]]
+    assert [(pair.labels, pair.source) for pair in pairs] == [((1.0, -1.0), "rows")] * 2
+
+
+@pytest.mark.parametrize("missing", ["chosen", "rejected"])
+def test_a_pair_with_one_side_is_named_with_what_is_wanted(tmp_path, codec, missing):
+    good = {"chosen": talk("2"), "rejected": talk("3")}
+    bad = {side: said for side, said in good.items() if side != missing}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [good, bad])))
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl: row 2: .*`chosen` and `rejected`.*{missing}"):
+        encode_pairs(str(tmp_path / "pairs.jsonl"), codec, 500)
 
 
 @pytest.mark.parametrize(("batch", "count"), [(4, 12), (5, 12), (16, 12), (12, 12), (1, 3)])

@@ -1,6 +1,9 @@
 """The engine against independent forward passes: what it says it sampled from, and what a swap does."""
 
 import asyncio
+import copy
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,10 @@ import pytest
 import torch
 
 import rl.engine
+from rl.adapter import adapter_tensors, attach, write_adapter
+from rl.config import LoraConfig
 from rl.engine import Engine, EngineOptions
+from rl.engine_options import allowed_rank
 from rl.env import World
 from rl.model import TokenScorer, load_causal_lm, sequence_logprobs
 from rl.policy import Sampling
@@ -105,13 +111,13 @@ async def test_the_probe_score_is_an_independent_forward_pass(engine, models):
     assert np.abs(scored - expected).max() < 1e-4
 
 
-def assert_each_token_is_of_its_version(models, completions):
+def assert_each_token_is_of_its_version(model_of: Callable, completions, prompt=PROMPT):
     for completion in completions:
-        tokens = [*PROMPT, *completion.token_ids]
+        tokens = [*prompt, *completion.token_ids]
         versions = np.asarray(completion.versions)
         assert (np.diff(versions) >= 0).all()
         for version in set(completion.versions):
-            rows = distributions(models.of(version), tokens, 1.0)[len(PROMPT) - 1 : -1]
+            rows = distributions(model_of(version), tokens, 1.0)[len(prompt) - 1 : -1]
             expected = rows[range(len(completion.token_ids)), list(completion.token_ids)].numpy()
             assert np.abs(expected - completion.logprobs)[versions == version].max() < 1e-3
 
@@ -124,7 +130,7 @@ async def test_drain_finishes_running_requests_on_the_old_weights(engine, models
     first, second = [f.result() for f in running], [f.result() for f in after]
     assert swapped.done()
     assert {v for c in first for v in c.versions} == {old} and {v for c in second for v in c.versions} == {new}
-    assert_each_token_is_of_its_version(models, [*first, *second])
+    assert_each_token_is_of_its_version(models.of, [*first, *second])
     # The same prompt and seeds, served from a cache of the old weights, would have given the old tokens.
     assert [c.token_ids for c in first] != [c.token_ids for c in second]
 
@@ -146,7 +152,7 @@ async def test_continue_swaps_between_two_tokens_of_a_request_twice(engine, mode
     completions = [f.result() for f in running]
     seen = {v for c in completions for v in c.versions}
     assert seen == {start, start + 1, start + 2}, "the swaps fell outside the requests"
-    assert_each_token_is_of_its_version(models, completions)
+    assert_each_token_is_of_its_version(models.of, completions)
 
 
 async def test_the_probe_catches_a_stale_tied_head(engine, models, monkeypatch):
@@ -179,6 +185,116 @@ async def test_an_idle_engine_lets_a_burst_share_its_first_step(engine, monkeypa
     await asyncio.sleep(0.1)
     await asyncio.gather(*map(asyncio.wrap_future, (first, engine.submit([*PROMPT, 3], Sampling(max_tokens=1)))))
     assert len(counted) == steps
+
+
+LORA = LoraConfig(rank=3, alpha=6.0)
+PROBE = list(range(3, 60))
+LONG = list(range(3, 43))
+"""Longer than a block of the prefix cache."""
+
+
+class Serving:
+    """An engine with room for an adapter, and the transformers model that each version it was given should be."""
+
+    def __init__(self, folder: Path, models: Models, adapters: Path):
+        self.engine = Engine(str(folder), EngineOptions(max_length=200, max_sequences=16, lora_rank=LORA.rank))
+        self.is_version = {0: models.of(0)}
+        self.adapters = adapters
+        self._models, self._base = models, 0
+
+    def load(self, policy="drain"):
+        """Full weights of the next version."""
+        self._base = version = max(self.is_version) + 1
+        self.is_version[version] = self._models.of(version)
+        return self.engine.load(version, self._models.update(version), policy)
+
+    def load_adapter(self, policy="drain"):
+        """An adapter of the next version on those weights."""
+        version = max(self.is_version) + 1
+        self.is_version[version] = lm = self._models.of(self._base)
+        attach(lm, LORA, seed=version)
+        with torch.no_grad():
+            for name, parameter in lm.named_parameters():
+                if ".lora_B." in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape))
+        write_adapter(self.adapters / str(version), adapter_tensors(lm), LORA, "base")
+        return self.engine.load_adapter(version, self.adapters / str(version), policy)
+
+    def off_by(self, version: int) -> float:
+        """How far the engine's log-probs of the probe are from what that version's model says."""
+        expected = sequence_logprobs(TokenScorer(self._copy(version)), PROBE).numpy()
+        return float(np.abs(self.engine.score(PROBE).result() - expected).max())
+
+    def _copy(self, version: int):
+        return copy.deepcopy(self.is_version[version])
+
+
+@pytest.fixture(scope="module")
+def serving(folder, models, tmp_path_factory):
+    made = Serving(folder, models, tmp_path_factory.mktemp("adapters"))
+    yield made
+    made.engine.close()
+
+
+def test_an_adapter_goes_on_the_weights_and_comes_off_with_the_next(serving):
+    """Each state is told from all the others: version 0 is the folder's, 1 and 2 adapters on it, 3 full weights..."""
+    newest = max(serving.is_version)
+    assert serving.off_by(newest) < 1e-4
+    for load in (serving.load_adapter, serving.load_adapter, serving.load, serving.load_adapter, serving.load):
+        load().result()
+        newest = max(serving.is_version)
+        assert serving.engine.version == newest
+        assert serving.off_by(newest) < 1e-4
+        assert serving.off_by(newest - 1) > 0.1
+
+
+def test_an_adapter_is_read_once(serving):
+    serving.load_adapter().result()
+    shutil.rmtree(serving.adapters / str(serving.engine.version))
+    completions = [f.result() for f in [serving.engine.submit(LONG, GO_ON.with_(seed=i)) for i in range(3)]]
+    assert_each_token_is_of_its_version(serving.is_version.get, completions, LONG)
+
+
+def test_drain_finishes_running_requests_without_the_new_adapter(serving):
+    serving.load_adapter().result()
+    old = serving.engine.version
+    running = [serving.engine.submit(LONG, GO_ON.with_(seed=i)) for i in range(4)]
+    swapped = serving.load_adapter()
+    after = [serving.engine.submit(LONG, GO_ON.with_(seed=i)) for i in range(4)]
+    first, second = [f.result() for f in running], [f.result() for f in after]
+    assert swapped.done()
+    assert {v for c in first for v in c.versions} == {old} and {v for c in second for v in c.versions} == {old + 1}
+    # The prompt fills a block: from a cache of the old adapter the second half would be wrong.
+    assert_each_token_is_of_its_version(serving.is_version.get, [*first, *second], LONG)
+
+
+async def test_continue_puts_an_adapter_on_running_requests_changes_it_and_takes_it_off(serving):
+    serving.load().result()
+    start, engine = serving.engine.version, serving.engine
+    running = [engine.submit(LONG, GO_ON.with_(max_tokens=150, seed=i)) for i in range(6)]
+    for sampled, load in ((5, serving.load_adapter), (40, serving.load_adapter), (80, serving.load)):
+        await until_sampled(engine, sampled)
+        await asyncio.wrap_future(load("continue"))
+        assert serving.off_by(engine.version) < 1e-4, "a probe in the company of running requests"
+    completions = [f.result() for f in running]
+    seen = {v for c in completions for v in c.versions}
+    assert seen == {start, start + 1, start + 2, start + 3}, "the swaps fell outside the requests"
+    assert_each_token_is_of_its_version(serving.is_version.get, completions, LONG)
+
+
+def test_an_engine_made_without_a_rank_refuses_adapters(engine, tmp_path):
+    with pytest.raises(ValueError, match="lora_rank"):
+        engine.load_adapter(1, tmp_path, "drain")
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (3, 8), (8, 8), (17, 32), (300, 320), (512, 512)])
+def test_a_rank_is_given_the_least_room_that_vllm_has(rank, room):
+    assert allowed_rank(rank) == room
+
+
+def test_a_rank_above_vllms_largest_is_refused():
+    with pytest.raises(ValueError, match="publish = merged"):
+        allowed_rank(513)
 
 
 def test_an_error_in_the_thread_reaches_everyone_who_waits(folder):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rl.env import Observation, Step
-from rl.envs.calculator import Calculator, CalculatorTasks, Expression
-from rl.episode import Identity, Limits, StopReason, run_episode
+from rl.envs.calculator import TOOL, Calculator, CalculatorTasks, Expression
+from rl.episode import Identity, Limits, StopReason, conditioned, run_episode
 from rl.policy import Completion, Sampling, ScriptedPolicy
 from rl.task import Task, derive_seed
 from rl.trajectory import summarise, to_trajectory
@@ -53,10 +53,10 @@ class ClosesOnce(Calculator):
 
 @pytest.fixture
 def play(codec, world):
-    async def play(policy, limits=WIDE, env=None, task=TASK, identity=IDENTITY, seed=0, **sampling):
+    async def play(policy, limits=WIDE, env=None, task=TASK, identity=IDENTITY, seed=0, condition=None, **sampling):
         env = env or Calculator(world.settings)
-        drawn = Sampling(**sampling)
-        return await run_episode(env, task, policy, codec, sampling=drawn, limits=limits, identity=identity, seed=seed)
+        asked = {"sampling": Sampling(**sampling), "limits": limits, "identity": identity, "seed": seed}
+        return await run_episode(env, task, policy, codec, **asked, condition=condition)
 
     return play
 
@@ -84,6 +84,30 @@ async def test_tokens_are_the_prompt_the_sampled_ids_and_the_observations(play, 
     messages += [SOLUTION[1], {"role": "tool", "content": "12"}, SOLUTION[2]]
     rendered = codec.text(codec.messages(messages, opening.tools), special=True)
     assert rendered == codec.text(episode.context_ids, special=True) + "\n"
+
+
+async def test_a_condition_stands_under_the_question(play, codec):
+    policy = SaysThese([codec.reply(m) for m in SOLUTION])
+    episode = await play(policy, condition="Feedback: right.")
+    assert episode.prompt == [{"role": "user", "content": "17+4-9\nFeedback: right."}]
+    assert list(episode.prompt_ids) == codec.prompt(episode.prompt, [TOOL])
+    assert policy.asked[0][0] == list(episode.prompt_ids)
+    assert "17+4-9\nFeedback: right." in codec.text(episode.context_ids)
+
+
+async def test_without_a_condition_the_prompt_is_the_environments(play, codec):
+    opening = await Calculator(None).reset(TASK)
+    episode = await play(ScriptedPolicy(codec, iter(SOLUTION)))
+    assert (episode.prompt, episode.tools) == (opening.messages, opening.tools)
+    assert list(episode.prompt_ids) == codec.prompt(opening.messages, opening.tools)
+
+
+def test_a_condition_is_added_to_the_last_message_of_a_copy():
+    messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "question", "name": "me"}]
+    added = conditioned(messages, "two\nlines")
+    assert added == [messages[0], {"role": "user", "content": "question\ntwo\nlines", "name": "me"}]
+    assert messages[1]["content"] == "question"
+    assert conditioned(messages, None) == messages
 
 
 async def test_sampled_ids_are_kept_even_where_encoding_would_give_others(play, codec, tokenizer):
@@ -121,7 +145,7 @@ async def test_trajectory_arrays_by_hand(play, codec):
     assert [x.dtype for x in (t.tokens, t.loss_mask, t.turn, t.logprobs, t.versions)] == dtypes
     assert t.oldest_version == 5
     summary = summarise(episode, t)
-    assert (summary.tokens, summary.sampled_tokens, summary.turns) == (len(t), a + b + c, 3)
+    assert (summary.tokens, summary.turn_tokens, summary.turns) == (len(t), (a, b, c), 3)
     assert (summary.stop_reason, summary.oldest_version, summary.identity) == ("done", 5, IDENTITY)
 
 
@@ -217,6 +241,7 @@ async def test_rewards_and_flags_belong_to_their_turn(play, codec, world):
 
     episode = await play(SaysThese([codec.reply(m) for m in SOLUTION]), env=Pays(world.settings))
     assert [t.reward for t in episode.turns] == [1.0, 1.0, 0.0]
+    assert summarise(episode, to_trajectory(episode)).turn_rewards == (1.0, 1.0, 0.0)
     assert episode.turn_reward == 2.0
     assert [t.flags for t in episode.turns] == [("seen",)] * 3
 

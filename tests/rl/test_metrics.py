@@ -14,29 +14,32 @@ from rl.trajectory import Summary
 CONFIG = Config.model_validate({"model": {"path": "m"}, "env": {"name": "calculator"}, "stages": [{"kind": "eval"}]})
 
 
-def summary(tokens, sampled, turns, stop, *flags):
-    return Summary(Identity(0, 0, "t"), tokens, sampled, turns, stop, flags, 0, 0.1)
+def summary(tokens, turn_tokens, stop, *flags):
+    return Summary(Identity(0, 0, "t"), tokens, turn_tokens, (0.0,) * len(turn_tokens), stop, flags, 0, 0.1)
 
 
 GROUPS = [
     (
-        [summary(10, 4, 1, "done"), summary(20, 8, 3, "max_turns", "truncated", "tool_error", "tool_error")],
-        [Score(1.0, {"outcome": 1.0}), Score(0.0, {"outcome": 0.0})],
+        [
+            summary(10, (4,), "done"),
+            summary(20, (5, 0, 3), "max_turns", "truncated", "tool_error", "void", "tool_error"),
+        ],
+        [Score(1.0, {"outcome": 1.0}, True), Score(0.0, {"outcome": 0.0}, False)],
     ),
     (
-        [summary(30, 12, 2, "done", "tool_error"), summary(40, 16, 2, "max_tokens")],
-        [Score(0.5, {"outcome": 0.25, "style": 0.25}), Score(0.5, {"outcome": 0.5})],
+        [summary(30, (4, 8), "done", "tool_error"), summary(40, (15, 1), "max_tokens")],
+        [Score(0.5, {"outcome": 0.25, "style": 0.25}, True), Score(0.5, {"outcome": 0.5}, True)],
     ),
 ]
 
 
 def test_rollout_metrics_by_hand():
-    found = rollout_metrics(GROUPS, success_at=0.5)
+    found = rollout_metrics(GROUPS)
     assert found == pytest.approx(
         {
             "reward/mean": 0.5,  # 1, 0, 0.5, 0.5
             "reward/std": math.sqrt(0.125),  # (0.25 + 0.25 + 0 + 0) / 4
-            "reward/success": 0.75,
+            "reward/success": 0.75,  # as the scores say
             "reward/outcome": 0.4375,  # 1.75 / 4
             "reward/style": 0.0625,  # an episode without the part counts as 0
             "reward/zero_variance_groups": 0.5,  # the second group's rewards are all alike: it teaches nothing
@@ -45,19 +48,20 @@ def test_rollout_metrics_by_hand():
             "num_turns/mean": 2.0,
             "flags/truncated": 0.25,
             "flags/tool_error": 0.5,  # episodes, not turns
+            "flags/void": 0.25,
             "stop/done": 0.5,
         }
     )
 
 
 def test_a_step_without_episodes_has_finite_numbers():
-    assert all(math.isfinite(v) for v in rollout_metrics([], 1.0).values())
+    assert all(math.isfinite(v) for v in rollout_metrics([]).values())
 
 
 def test_a_part_cannot_take_the_name_of_a_metric():
     """A rule that names its parts `mean` or `success` must not change what those charts mean."""
-    groups = [([summary(10, 4, 1, "done")], [Score(0.0, {"success": 7.0, "mean": -7.0})])]
-    found = rollout_metrics(groups, success_at=1.0)
+    groups = [([summary(10, (4,), "done")], [Score(0.0, {"success": 7.0, "mean": -7.0}, False)])]
+    found = rollout_metrics(groups)
     assert (found["reward/mean"], found["reward/success"]) == (0.0, 0.0)
 
 

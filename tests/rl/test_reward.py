@@ -1,6 +1,5 @@
 """Scores of finished episodes."""
 
-
 import numpy as np
 import pytest
 
@@ -11,17 +10,24 @@ from rl.task import Task
 
 def episode(text="12", answer="12", stop=StopReason.DONE, rewards=(0.0,)) -> Episode:
     turns = [Turn([1], [0.0], [0], False, text, reward=r) for r in rewards]
-    return Episode(Identity(0, 0, "t"), Task("t", {}, answer), [], [], 2, turns, stop)
+    return Episode(Identity(0, 0, "t"), Task("t", {}, answer), [], [], 2, turns=turns, stop_reason=stop)
 
 
 def test_a_number_is_the_outcome():
-    assert Score.of(lambda task, e: 0.5, episode()) == Score(0.5, {"outcome": 0.5})
-    assert Score.of(lambda task, e: True, episode()) == Score(1.0, {"outcome": 1.0})
+    assert Score.of(lambda task, e: 0.5, episode()) == Score(0.5, {"outcome": 0.5}, success=False)
+    assert Score.of(lambda task, e: True, episode()) == Score(1.0, {"outcome": 1.0}, success=True)
 
 
 def test_parts_add_up_with_what_the_environment_gave():
     found = Score.of(lambda task, e: {"right": 1, "style": -0.25}, episode(rewards=(0.5, 0.125)))
-    assert found == Score(1.375, {"right": 1.0, "style": -0.25})
+    assert found == Score(1.375, {"right": 1.0, "style": -0.25}, success=True)
+    assert found.outcome == 0.75  # what the rule gave, without the environment's 0.625
+
+
+@pytest.mark.parametrize(("success_at", "success"), [(1.24, True), (1.25, True), (1.26, False)])
+def test_success_is_a_total_that_reaches_the_bar(success_at, success):
+    """The total, with what the environment gave: the rule's 0.75 alone would reach none of these."""
+    assert Score.of(lambda task, e: 0.75, episode(rewards=(0.5,)), success_at).success == success
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(1)], ids=lambda n: type(n).__name__)

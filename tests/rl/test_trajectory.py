@@ -11,7 +11,7 @@ from rl.episode import Identity, Limits, run_episode
 from rl.policy import Completion, Sampling
 from rl.reward import Score
 from rl.task import Task
-from rl.trajectory import SCHEMA, Trajectory, read_parquet, to_row, to_trajectory, write_parquet
+from rl.trajectory import SCHEMA, Trajectory, read_parquet, summarise, to_row, to_trajectory, write_parquet
 
 TASK = Task("calc:3+9", {"expression": Expression((3, 9), ("+",))}, "12")
 
@@ -44,9 +44,9 @@ async def episode(codec, world):
 
 def test_parquet_round_trip_is_exact(episode, tmp_path):
     trajectory = to_trajectory(episode)
-    score = Score(0.625, {"outcome": 0.5, "format": 0.125})
+    score = Score(0.625, {"outcome": 0.5, "format": 0.125}, True)
     path = tmp_path / "trajectories" / "step=000002.parquet"
-    write_parquet(path, [to_row(episode, trajectory, score, -1.375, True)] * 2)
+    write_parquet(path, [to_row(episode, trajectory, score, -1.375)] * 2)
     first, second = read_parquet(path)
     assert first == second
     assert list(first) == SCHEMA.names
@@ -61,8 +61,28 @@ def test_parquet_round_trip_is_exact(episode, tmp_path):
     assert (first["answer"], first["stop_reason"]) == ("12", "done")
 
 
+@pytest.mark.parametrize("success", [True, False])
+def test_a_row_says_what_the_score_calls_a_success(episode, success):
+    assert to_row(episode, to_trajectory(episode), Score(1.0, {}, success), 0.0)["success"] is success
+
+
+def test_a_summary_counts_sampled_tokens_turn_by_turn(episode):
+    """The first turn was cut after 4 tokens: the end that was supplied to it is not one of them."""
+    assert episode.turns[0].supplied_end
+    episode.turns[1].token_ids = episode.turns[1].logprobs = episode.turns[1].versions = []
+    for turn, reward in zip(episode.turns, (0.5, -1.0, 0.25), strict=True):
+        turn.reward = reward
+    trajectory = to_trajectory(episode)
+    summary = summarise(episode, trajectory)
+    last = len(episode.turns[2].token_ids)
+    assert summary.turn_tokens == (4, 0, last)
+    assert (summary.turns, summary.sampled_tokens) == (3, 4 + last)
+    assert summary.sampled_tokens == trajectory.loss_mask.sum() < summary.tokens == len(trajectory)
+    assert summary.turn_rewards == (0.5, -1.0, 0.25)
+
+
 def test_messages_are_the_readable_conversation(episode):
-    row = to_row(episode, to_trajectory(episode), Score(1.0, {}), 0.0, True)
+    row = to_row(episode, to_trajectory(episode), Score(1.0, {}, True), 0.0)
     messages = json.loads(row["messages"])
     assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert messages[0]["content"] == "3+9"
@@ -72,7 +92,7 @@ def test_messages_are_the_readable_conversation(episode):
 
 def test_a_file_is_written_whole_or_not_at_all(episode, tmp_path):
     path = tmp_path / "a.parquet"
-    row = to_row(episode, to_trajectory(episode), Score(1.0, {}), 0.0, True)
+    row = to_row(episode, to_trajectory(episode), Score(1.0, {}, True), 0.0)
     write_parquet(path, [row])
     with pytest.raises(pa.ArrowInvalid):
         write_parquet(path, [{**row, "tokens": "no tokens"}])

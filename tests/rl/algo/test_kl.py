@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from rl.algo.importance import log_ratio, mismatch_kl
 from rl.algo.kl import kl_estimate
 
 # A policy and a reference over three tokens. KL = 0.5 ln(0.5/0.25) + 0.3 ln(0.3/0.25) + 0.2 ln(0.2/0.5)
@@ -66,11 +65,5 @@ def test_k3_gradient_by_hand():
     """d k3 / d log pi = 1 - r: at r = 2.5 it is -1.5, towards the reference."""
     logprob = torch.tensor([math.log(0.2)], dtype=torch.float64, requires_grad=True)
     kl_estimate(logprob, torch.tensor([math.log(0.5)], dtype=torch.float64), "k3").sum().backward()
+    assert logprob.grad is not None
     assert logprob.grad.item() == pytest.approx(-1.5)
-
-
-def test_log_ratio_and_mismatch_by_hand():
-    """Generator at -1 and -2, learner at -1 and -1: ratios 0 and 1; k3 = 0 and e - 1 - 1 = 0.718282; mean 0.359141."""
-    learner, generator = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -2.0])
-    assert log_ratio(learner, generator).tolist() == [0.0, 1.0]
-    assert mismatch_kl(generator, learner).item() == pytest.approx(0.359141, abs=1e-6)
