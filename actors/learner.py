@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +124,8 @@ class LearnerRank(Role):
         self._stage_index, self._stage = index, stage
         if self._config.learner.lora and resume is None:
             # What was learned becomes the base: with the adapter off, the model is the stage's start.
-            adapter.fold(self._scorer.lm, derive_seed("adapter", self._config.run.seed, index), self._gathered)
+            seed = derive_seed("adapter", self._config.run.seed, index)
+            adapter.fold(self._scorer.lm, seed, partial(self._gathered, writer=0))
             self._policy.take_weights()
         self._policy.begin(stage.adam_eps, fresh=resume is None)
         self._held, self._before, self._values = [], [], None
@@ -323,8 +325,10 @@ class LearnerRank(Role):
         data = self._packed.pop(index)
         return data, checksum(data), ray.get_runtime_context().get_node_id()
 
-    def _gathered(self, parameters: Sequence[Any]) -> Any:
-        return self._deepspeed.zero.GatheredParameters(parameters, enabled=self._config.learner.zero_stage == 3)
+    def _gathered(self, parameters: Sequence[Any], writer: int | None = None) -> Any:
+        """Whole parameters under ZeRO-3; what rank `writer` writes to them is everybody's afterwards."""
+        enabled = self._config.learner.zero_stage == 3
+        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer, enabled=enabled)
 
     # -- checkpoints and time-sharing ----------------------------------------------------------------------------
 

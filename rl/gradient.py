@@ -105,9 +105,11 @@ def _accumulate(
 
 def _micro_batches(trainer: Trainer, samples: Sequence[Sample], token_budget: int) -> Iterator[MicroBatch]:
     batches = plan([s.read for s in samples], token_budget, [s.unit for s in samples])
+    # Asked before the first backward pass, which from ZeRO 2 on runs collectives too: all ranks in the same order.
+    fillers = trainer.largest(len(batches)) - len(batches)
     for indices in batches:
         yield collate([samples[i] for i in indices])
-    for _ in range(trainer.largest(len(batches)) - len(batches)):
+    for _ in range(fillers):
         yield filler(samples[0])
 
 

@@ -95,10 +95,8 @@ def main() -> None:
         )  # fmt: skip
         tasks = Dataset.from_list([{"prompt": "-"}] * many * len(batches))
         Alternating(model=str(model), reward_funcs=lambda **_: [], args=arguments, train_dataset=tasks).train()
-    sequences = [(*p, *c) for p, c, _ in batches[0]]
-    unique = len({s[: k + 1] for s in sequences for k in range(len(s))})
-    real = sum(map(len, sequences))
-    print(json.dumps({"real": real, "unique": unique, "here_s": here_s[WARM_UP:], "trl_s": trl_s[WARM_UP:]}))
+    real, computed = sum(len(p) + len(c) for p, c, _ in batches[0]), trainer.computed // len(batches)
+    print(json.dumps({"real": real, "packed": computed, "here_s": here_s[WARM_UP:], "trl_s": trl_s[WARM_UP:]}))
 
 
 main()

@@ -21,22 +21,24 @@ def flat(*turns, prompt=2):
     return Trajectory(np.arange(n, dtype=np.int32), mask, np.asarray(turn_of, np.int16), logprobs, versions)
 
 
-# a ends with two tokens of an observation; b's second turn sampled nothing; lengths 8, 8, 6, 3, 5.
+# a ends with two tokens of an observation; b's second turn sampled nothing; lengths 8, 8, 6, 3, 5, 18.
 EPISODES = {
     "a": flat((2, 1), (1, 2)),
     "b": flat((1, 1), (0, 1), (2, 1)),
     "c": flat((3, 0), prompt=3),
     "d": flat((1, 0)),
     "e": flat((2, 1)),
+    "l": flat((1, 15)),
     "-": flat(),
 }
-# What the environment gave each turn, the outcome, success. Totals: a 5, b 1, c 0, d 4, e 2.
+# What the environment gave each turn, the outcome, success. Totals: a 5, b 1, c 0, d 4, e 2, l 0.
 GIVEN = {
     "a": ([1.0, 2.0], 2.0, True),
     "b": ([0.0, 2.0, 0.0], -1.0, False),
     "c": ([1.0], -1.0, False),
     "d": ([1.0], 3.0, True),
     "e": ([0.0], 2.0, True),
+    "l": ([0.0], 0.0, False),
     "-": ([], 0.0, False),
 }
 GREEDY = {"a": 1.5, "b": 1.5, "c": 0.5, "d": 4.0, "e": 0.0, "-": 0.0}
@@ -368,6 +370,11 @@ def test_the_overlong_penalty_by_hand(overlong, max_length, costs, given):
     assert found["a"][0] == pytest.approx(plain["a"][0] - 0.5 * costs["a"])  # a turn earlier
 
 
+def test_the_last_fifth_below_max_length_is_the_buffer():
+    """18 tokens: halfway from 16 to 20."""
+    same(advantages("l", by_turn(overlong={}), max_length=20), {"l": [-0.5]})
+
+
 def test_the_overlong_penalty_counts_in_the_group():
     """5 - 1, 1 - 1 and 0 - 0.5."""
     found = advantages(["abc"], AlgoConfig(name="dr_grpo", overlong={"limit": 8, "buffer": 4}))
@@ -394,6 +401,7 @@ def test_what_was_scored_stays_beside_what_is_made(name):
 SCORED = {"reference": REFERENCE, "values": VALUES, "proximal": VALUES}
 RULES = [
     (["-a", "d"], AlgoConfig(name="grpo")),
+    (["-a", "d"], AlgoConfig(name="dapo")),
     (["-a", "d"], AlgoConfig(name="reinforce_pp_baseline")),
     (["-a", "d"], by_turn(baseline="group_mean")),
     ("-ad", AlgoConfig(name="reinforce_pp")),
@@ -403,7 +411,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("groups", "algo"), RULES, ids=[f"{a.name}-{a.advantage}" for _, a in RULES])
+@pytest.mark.parametrize(("groups", "algo"), RULES, ids=[f"{algo.name}-{algo.advantage}" for _, algo in RULES])
 def test_an_episode_without_turns_has_empty_columns(groups, algo):
     """Its prompt filled the context. Where there is no group, the others are credited as if it were not there."""
     scored = {"reference": {**REFERENCE, "-": []}, "values": VALUES}
