@@ -123,9 +123,9 @@ class Buffer(Role):
             self.progress = (self.progress[0] + 1, len(refs))
         return refs
 
-    async def encoded_rows(self, path: str, pairs: bool) -> list[Any]:
+    async def encoded_rows(self, path: str, stage: ExampleStage) -> list[Any]:
         """Refs of lists of examples, from a file of one's own."""
-        return [self._workers[0].encode_rows.remote(path, pairs)]
+        return [self._workers[0].encode_rows.remote(path, stage)]
 
     async def build(
         self, stage: ExampleStage, round_number: int, groups: Sequence[Group], again: Mapping[int, Group]

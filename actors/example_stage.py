@@ -40,12 +40,13 @@ class ExampleLoop:
         frozen = stage.sample is not None and stage.sample.policy == "stage_start" and stage.rounds > 1
         if frozen:
             await run.company.store.pin.remote(self.started_with)
+        # Saved between rounds; inside one only where a finished stage was given more steps.
         first, inside = divmod(run.state.stage_step, stage.steps)
-        assert not inside, "such a stage is saved between rounds only"
         for number in range(first, stage.rounds):
-            if number:
+            if number and not inside:
                 await run.company.all_ranks("begin_round", number)
-            await self.round(number)
+            await self.round(number, inside)
+            inside = 0
             if number + 1 < stage.rounds:
                 await run.publish()
                 # Neither the weights that it samples from nor the round before could be had again.
@@ -58,8 +59,9 @@ class ExampleLoop:
         await run.publish()
         await run.checkpoint()
 
-    async def round(self, number: int) -> None:
+    async def round(self, number: int, start: int) -> None:
         run, stage = self.run, self.stage
+        run.timing.clear()
         refs = await self.examples(number)
         held = min(await run.company.all_ranks("hold", refs, bool(stage.mix_previous)))
         self.counts = [held, self.counts[0]]
@@ -71,8 +73,9 @@ class ExampleLoop:
                 + (", or sample more (sample.tasks, sample.samples)" if stage.sample else "")
             )
         await self.add_references(refs)
-        for step in range(stage.steps):
-            run.timing.clear()
+        for step in range(start, stage.steps):
+            if step > start:
+                run.timing.clear()  # the first one's also tells what making the examples took
             with run.timed("step"), run.timed("update"), run.working("learner"):
                 seed = run.config.run.seed + number
                 drawn = Drawn(
@@ -86,7 +89,7 @@ class ExampleLoop:
                 **to_metrics(sums),
                 "perf/tokens_per_second": sums.get("tokens", 0.0) / run.timing["step"],
                 "actor/lr": lr,
-                **(self.sources if step == 0 else {}),
+                **(self.sources if step == start else {}),
             }
             if stage.rounds > 1:
                 metrics["round"] = float(number)
@@ -101,11 +104,11 @@ class ExampleLoop:
             return await self.sampled(number)
         if isinstance(stage, PairStage):
             assert stage.pairs.path is not None
-            return await run.company.buffer.encoded_rows.remote(stage.pairs.path, True)
+            return await run.company.buffer.encoded_rows.remote(stage.pairs.path, stage)
         assert isinstance(stage, SftStage)
         demo = stage.demonstrations
         if demo.path:
-            return await run.company.buffer.encoded_rows.remote(demo.path, False)
+            return await run.company.buffer.encoded_rows.remote(demo.path, stage)
         size = run.world.source.size("train")
         tasks = TaskStream(run.world.source, "train").next(demo.count if size is None else min(demo.count, size))
         with run.working("rollout"):

@@ -78,6 +78,9 @@ def check_world(config: Config) -> None:
         world = World(config.env, config.run.seed)
         world.source.task("train", 0)
         reward_function(config)
+        model = config.reward.model
+        if model and model != "trained" and not (Path(model) / "config.json").is_file():
+            raise ConfigError(f"reward.model: {model} is no folder of a model in Hugging Face format, nor `trained`")
         for index, stage in enumerate(config.stages):
             if stage.kind != "eval" and stage.aux_loss:
                 load_object(stage.aux_loss.function)

@@ -10,8 +10,8 @@ from actors.generator_pool import GeneratorPool
 from actors.role import Role
 from rl.chat import ChatCodec
 from rl.config import Config
-from rl.config_stage import ExampleStage
-from rl.data_stage import Example, Material, build
+from rl.config_stage import ExampleStage, PairStage
+from rl.data_stage import Example, Material, build, completed
 from rl.demonstration import demonstrate, encode_pairs, encode_rows
 from rl.env import Demonstrator, World
 from rl.episode import Episode, GroupRequest, Identity, Limits, run_episode
@@ -76,9 +76,12 @@ class RolloutWorker(Role):
             seed=self._config.run.seed,
         )
 
-    async def encode_rows(self, path: str, pairs: bool) -> list[Example]:
-        encode = encode_pairs if pairs else encode_rows
-        return encode(path, self._codec, self._config.model.max_length)
+    async def encode_rows(self, path: str, stage: ExampleStage) -> list[Example]:
+        """A file of one's own: demonstrations, or pairs for a stage on pairs."""
+        length = self._config.model.max_length
+        if not isinstance(stage, PairStage):
+            return encode_rows(path, self._codec, length)
+        return completed(encode_pairs(path, self._codec, length), stage, length)
 
     async def build(
         self,
@@ -108,7 +111,9 @@ class RolloutWorker(Role):
                     repeated_scores,
                 )
             )
-        examples = build(stage, materials, self._codec, self._config.run.seed, round_number)
+        examples = build(
+            stage, materials, self._codec, self._config.run.seed, round_number, self._config.model.max_length
+        )
         return examples, dict(Counter(e.source for e in examples))
 
     async def shown(self, tasks: Sequence[Task]) -> list[str]:

@@ -198,7 +198,7 @@ class AlgoConfig(Strict):
     def _as_the_paper_has_it(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        papers = _PAPERS.get(data.get("name", "grpo"), {})
+        papers = _PAPERS.get(str(data.get("name", "grpo")), {})
         merged = {**papers, **data}
         if isinstance(data.get("kl"), dict):
             merged["kl"] = {**papers.get("kl", {}), **data["kl"]}
@@ -258,6 +258,15 @@ class AlgoConfig(Strict):
             (
                 self.baseline == "greedy" and self.advantage != "episode",
                 "baseline: greedy compares whole episodes with the greedy one. Use advantage: episode",
+            ),
+            (
+                self.baseline == "greedy" and (self.credit == "dense" or self.overlong is not None),
+                "baseline: greedy is the whole reward of the greedy episode: credit: dense or overlong would measure "
+                "the sampled ones by another scale. Use credit: outcome and overlong: null",
+            ),
+            (
+                len(kinds) < len(self.filters),
+                "algo.filters names a filter twice: give each once",
             ),
             (
                 self.advantage in ("token", "gae", "turn_gae") and self.normalise in ("group_std", "max_return"),

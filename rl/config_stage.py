@@ -1,5 +1,6 @@
 """The stages of a run: what each trains on, for how long, and by which objective."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -32,6 +33,11 @@ class ParameterFilter(Strict):
     def _has_what_it_needs(self) -> "ParameterFilter":
         if (self.kind == "half") == bool(self.value):
             raise ValueError("kind half takes no value; pattern and function need one")
+        if self.kind == "pattern":
+            try:
+                re.compile(self.value)
+            except re.error as error:
+                raise ValueError(f"{self.value!r} is not a regular expression: {error}") from None
         return self
 
 

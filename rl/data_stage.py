@@ -127,21 +127,35 @@ def data_stage(stage: ExampleStage, codec: ChatCodec) -> DataStage:
 
 
 def build(
-    stage: ExampleStage, materials: Sequence[Material], codec: ChatCodec, seed: int, round_number: int
+    stage: ExampleStage,
+    materials: Sequence[Material],
+    codec: ChatCodec,
+    seed: int,
+    round_number: int,
+    max_length: int,
 ) -> list[Example]:
-    """The examples of one round, task after task. Examples without a token to train on are left out."""
+    """The examples of one round, task after task.
+
+    Left out are those without a token to train on, and those that a longer prompt made longer than `max_length`.
+    """
     make = data_stage(stage, codec)
     examples: list[Example] = []
     for material in materials:
         rng = random.Random(derive_seed("data_stage", seed, round_number, material.task.id))
         examples += make(material, rng)
-    examples = [e for e in examples if all(t.loss_mask[1:].any() for t in e.trajectories)]
-    return with_mismatched(examples) if isinstance(stage, PreferenceStage) and stage.loss == "kto" else examples
+    fit = [e for e in examples if all(t.loss_mask[1:].any() and len(t) <= max_length for t in e.trajectories)]
+    return completed(fit, stage, max_length)
 
 
-def with_mismatched(examples: Sequence[Example]) -> list[Example]:
+def completed(examples: Sequence[Example], stage: ExampleStage, max_length: int) -> list[Example]:
+    """The examples with what the stage's loss wants beside them: KTO mismatched answers."""
+    wanted = isinstance(stage, PreferenceStage) and stage.loss == "kto"
+    return with_mismatched(examples, max_length) if wanted else list(examples)
+
+
+def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     """Each pair with its prompt answered by the next other prompt's episode, chosen and rejected ones in turn: what KTO
-    estimates its KL on. A pair without any other prompt is left as it is."""
+    estimates its KL on. A pair without another prompt, or whose strange answer would be too long, is left as it is."""
     prompts = [e.trajectories[0].tokens[e.trajectories[0].turn < 0] for e in examples]
     out = list(examples)
     for i, example in enumerate(examples):
@@ -149,6 +163,8 @@ def with_mismatched(examples: Sequence[Example]) -> list[Example]:
         other = next((j for j in later if not np.array_equal(prompts[i], prompts[j])), None)
         if other is not None:
             strange = with_prompt(examples[other].trajectories[i % 2], prompts[i])
+            if len(strange) > max_length:
+                continue
             out[i] = replace(example, trajectories=(*example.trajectories, strange), labels=(*example.labels, 0.0))
     return out
 

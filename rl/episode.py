@@ -83,10 +83,10 @@ class Episode:
     prompt: Sequence[Message]
     prompt_ids: Sequence[int]
     end_of_turn: int
-    tools: Sequence[dict[str, Any]] = ()
     turns: list[Turn] = field(default_factory=list)
     stop_reason: StopReason = StopReason.MAX_TURNS
     duration_s: float = 0.0
+    tools: Sequence[dict[str, Any]] = ()
 
     @property
     def final_text(self) -> str:
@@ -133,7 +133,7 @@ async def run_episode(
         observation = await env.reset(task)
         opening = conditioned(observation.messages, condition)
         context = codec.prompt(opening, observation.tools)
-        episode = Episode(identity, task, opening, list(context), codec.end_of_turn, observation.tools)
+        episode = Episode(identity, task, opening, list(context), codec.end_of_turn, tools=observation.tools)
         while len(episode.turns) < limits.max_turns:
             room = limits.max_length - len(context)
             if room < 1:

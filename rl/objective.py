@@ -332,7 +332,7 @@ def sides(micro: MicroBatch) -> tuple[Tensor, Tensor]:
 
 
 def first_difference(a: Tensor, b: Tensor) -> int:
-    """How many trained tokens two trajectories have in common at their beginning; of two that are alike, all but one."""
+    """How many trained tokens two trajectories have in common at their beginning; of equal ones all but one."""
     width = min(len(a), len(b))
     differ = (a[:width] != b[:width]).nonzero()
     return int(differ[0]) if len(differ) else min(width, max(len(a), len(b)) - 1)

@@ -42,8 +42,8 @@ class Manifest:
     """What a weight version consists of.
 
     step: the learner's optimizer step it belongs to; probe: token ids of the probe sequence; probe_logprobs: float32
-    [len(probe) - 1], the learner's log-probs of it, which whoever loads the version must reproduce. base: the tensors are
-    a LoRA adapter's, on top of that version; None: they are the whole model.
+    [len(probe) - 1], the learner's log-probs of it, which whoever loads the version must reproduce. base: the tensors
+    are a LoRA adapter's, on top of that version; None: they are the whole model.
     """
 
     version: int

@@ -134,6 +134,8 @@ class Calculator:
 
     def __init__(self, config: CalculatorConfig):
         self._config = config
+        self._to_do: list[tuple[int, str, int]] = []
+        self._answer = ""
 
     async def reset(self, task: Task) -> Observation:
         self._to_do, self._answer = task.prompt["expression"].steps(), task.answer

@@ -22,13 +22,15 @@ import torch
 from vllm import LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from rl.batch import Sample, mini_batches
+from rl.algo.loss import token_weights
+from rl.batch import Sample, mini_batches, spread_weights, turn_lengths
 from rl.config import Config
-from rl.config_stage import RlStage
 from rl.config_file import load_config
-from rl.engine import EngineOptions, _engine_args
-from rl.gradient import TorchTrainer, grpo_objective, optimizer_step, weigh
+from rl.config_stage import RlStage
+from rl.engine_options import EngineOptions, engine_args
+from rl.gradient import TorchTrainer, optimizer_step
 from rl.model import TokenScorer, load_causal_lm
+from rl.objective import PolicyGradient
 from rl.pretrained import find_model
 from rl.trajectory import Trajectory, read_parquet
 
@@ -71,15 +73,20 @@ def learn_packed(trainer: TorchTrainer, rows: list[dict[str, Any]], config: Conf
     arrays = ("tokens", "loss_mask", "turn", "logprobs", "versions")
     trajectories = [Trajectory(*(np.asarray(row[a]) for a in arrays)) for row in rows]
     # Any log-probs will do as the reference's: what counts is that the KL term is computed.
-    references = [t.logprobs if stage.algo.kl.coefficient > 0 else None for t in trajectories]
+    known = [{"reference": t.logprobs} if stage.algo.kl.used else {} for t in trajectories]
+    columns = [
+        {**k, "advantages": np.full(len(t), row["advantage"], np.float32)}
+        for k, t, row in zip(known, trajectories, rows, strict=True)
+    ]
     started = time.perf_counter()
     for chunk in mini_batches(len(rows), stage.algo.mini_batches, stage.algo.epochs):
-        weights = weigh([int(trajectories[i].loss_mask[1:].sum()) for i in chunk], stage.algo)
+        weights = token_weights([turn_lengths(trajectories[i]) for i in chunk], aggregation=stage.algo.aggregation)
         samples = [
-            Sample(trajectories[i], w, rows[i]["advantage"], references[i]) for i, w in zip(chunk, weights, strict=True)
+            Sample(trajectories[i], spread_weights(trajectories[i], w), columns[i])
+            for i, w in zip(chunk, weights, strict=True)
         ]
-        options = {"temperature": config.rollout.temperature, "token_budget": config.learner.micro_batch_tokens}
-        optimizer_step(trainer, samples, grpo_objective(stage.algo), lr=1e-6, **options)
+        objective = PolicyGradient.of(stage.algo, config.rollout.temperature)
+        optimizer_step(trainer, samples, objective, lr=1e-6, token_budget=config.learner.micro_batch_tokens)
     return time.perf_counter() - started
 
 
@@ -126,7 +133,7 @@ def main() -> None:
     g = config.generator
     length, many = config.model.max_length, g.max_sequences
     options = EngineOptions(config.generator_dtype, length, many, kv_cache_gib=g.kv_cache_gib)
-    llm = LLMEngine.from_engine_args(_engine_args(str(model), options))
+    llm = LLMEngine.fromengine_args(engine_args(str(model), options))
     c = config.learner
     adam = {"lr": 1e-6, "betas": c.betas, "weight_decay": c.weight_decay}
     plain = load_causal_lm(model, config.learner_dtype)

@@ -30,15 +30,17 @@ def memory(what: str) -> int:
     return int(kib[1]) * 1024
 
 
-def naive_step(lm: Any, ids: list[int]) -> None:
+def naive_step(lm: Any, ids: list[int]) -> torch.Tensor:
+    """The entropies."""
     tokens = torch.tensor([ids])
     logits = lm(input_ids=tokens, use_cache=False).logits[0, :-1].float()
     log_softmax = torch.log_softmax(logits, -1)
     logprobs = log_softmax.gather(-1, tokens[0, 1:, None])[:, 0]
     with torch.no_grad():
-        -(log_softmax.exp() * log_softmax).sum(-1)
+        entropies = -(log_softmax.exp() * log_softmax).sum(-1)
     (-logprobs.mean()).backward()
     lm.zero_grad()
+    return entropies
 
 
 def main() -> None:

@@ -61,8 +61,9 @@ def as_trl(episodes: Episodes, logprob: float) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     config = load_config(sys.argv[1])
-    stage, model = next(s for s in config.stages if s.kind == "rl"), find_model(config.model.path or "")
-    world, codec, lm = World(config.env, 0), ChatCodec(load_tokenizer(model)), load_causal_lm(model, "bfloat16")
+    stage: Any = next(s for s in config.stages if s.kind == "rl")
+    path, world = find_model(config.model.path or ""), World(config.env, config.run.seed)
+    codec, lm = ChatCodec(load_tokenizer(path)), load_causal_lm(path, "bfloat16")
     opened = [asyncio.run(world.env().reset(t)) for t in TaskStream(world.source, "train").next(stage.tasks_per_step)]
     prompts = [codec.prompt(o.messages, o.tools) for o in opened]
     group, vocabulary, length = stage.algo.group_size, lm.config.vocab_size, config.rollout.max_turn_tokens
@@ -75,12 +76,12 @@ def main() -> None:
         def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor]:
             return as_trl(batches[len(trl_s)], logprob)
 
-        def training_step(self, *arguments: Any) -> torch.Tensor:
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
             trajectories = [one_turn(prompt, completion, logprob) for prompt, completion, _ in batches[len(trl_s)]]
             advantages = [advantage for _, _, advantage in batches[len(trl_s)]]
             here_s.append(packed_step(trainer, trajectories, advantages=advantages, **options))
             started = time.perf_counter()
-            loss = super().training_step(*arguments)
+            loss = super().training_step(model, inputs, num_items_in_batch)
             trl_s.append(time.perf_counter() - started)
             return loss
 
@@ -94,7 +95,7 @@ def main() -> None:
             report_to=[], model_init_kwargs={"dtype": "bfloat16"}, disable_tqdm=True,
         )  # fmt: skip
         tasks = Dataset.from_list([{"prompt": "-"}] * many * len(batches))
-        Alternating(model=str(model), reward_funcs=lambda **_: [], args=arguments, train_dataset=tasks).train()
+        Alternating(model=str(path), reward_funcs=lambda **_: [], args=arguments, train_dataset=tasks).train()
     real, computed = sum(len(p) + len(c) for p, c, _ in batches[0]), trainer.computed // len(batches)
     print(json.dumps({"real": real, "packed": computed, "here_s": here_s[WARM_UP:], "trl_s": trl_s[WARM_UP:]}))
 

@@ -1,4 +1,4 @@
-"""rl/'s packed forward and backward in one process, without DeepSpeed: all that these benchmarks call of its learner."""
+"""rl/'s packed forward and backward in one process, without DeepSpeed: the benchmarks' way to the learner."""
 
 import time
 from collections.abc import Sequence

@@ -68,8 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = prepare_model(config.model, world, config.run.seed, Path(folder))
         codec = ChatCodec(load_tokenizer(model))
-        padded, trainer = (load_causal_lm(model, config.learner_dtype) for _ in range(2))
-        trainer = GradientOnly(trainer)
+        padded = load_causal_lm(model, config.learner_dtype)
+        trainer = GradientOnly(load_causal_lm(model, config.learner_dtype))
     played = asyncio.run(demonstrations(config, stage, world, codec))
     totals = {"real": 0, "padded": 0, "packed": 0}
     seconds: dict[str, list[float]] = {"padded_s": [], "packed_s": []}

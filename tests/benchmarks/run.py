@@ -1,7 +1,7 @@
 """`make bench`: every figure as a ratio within one run, as a table and as bench.json.
 
 Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
-    python tests/benchmarks/run.py [quickstart] [smollm2] [trl]
+    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner]
 """
 
 import json
@@ -44,6 +44,11 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(run / "metrics.jsonl") if line["stage"] == "rl"][WARM_UP:]
 
 
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """The median over steps: a machine that is busy for a minute spoils some steps of one side."""
+    return median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
 def system_rows(name: str, run: Path, floor: float) -> list[Row]:
     """The run's steps against the bare engine and a bare training loop on the same episodes."""
     steps = steps_of(run)
@@ -52,8 +57,7 @@ def system_rows(name: str, run: Path, floor: float) -> list[Row]:
     inside, total = sum(map(sum, here.values())), sum(s["timing_s/step"] for s in steps)
 
     def ratio(theirs: str, ours: str) -> float:
-        """The median over steps: a machine that is busy for a minute spoils some steps of one side."""
-        return median(t / o for t, o in zip(bare[theirs], here[ours], strict=True))
+        return median_ratio(bare[theirs], here[ours])
 
     rows: list[Row] = [
         (f"{name}: generation, tokens/s in the system", sum(bare["sampled_tokens"]) / sum(here["generate"]), ""),
@@ -94,6 +98,26 @@ def trl_rows(run: Path) -> list[Row]:
     ]
 
 
+def learner_rows() -> list[Row]:
+    """The learner's forward and backward alone: what packing is worth, against TRL, and what the head holds."""
+    packing, trl = script("packing.py"), script("learner.py", "configs/bench_smollm2.yaml")
+    chunked, naive = (script("head_memory.py", side)["bytes"] for side in ("chunked", "naive"))
+    speed_up, padding = median_ratio(packing["padded_s"], packing["packed_s"]), packing["padded"] / packing["real"]
+    here, there = (trl["real"] / median(trl[side]) for side in ("here_s", "trl_s"))
+    return [
+        ("packing: padded / real tokens, quickstart's SFT", padding, ""),
+        ("packing: unique / real tokens", packing["packed"] / packing["real"], ""),
+        ("packing: speed-up, packed / padded", speed_up, f">= {0.85 * padding:.3g}"),
+        ("smollm2: forward and backward, tokens/s here", here, ""),
+        ("smollm2: forward and backward, tokens/s in TRL", there, ""),
+        ("smollm2: unique / real tokens", trl["packed"] / trl["real"], ""),
+        ("smollm2: forward and backward, here / TRL", median_ratio(trl["trl_s"], trl["here_s"]), ">= 1.2"),
+        ("head: 4,096 x 49k log-probs, chunked, MiB", chunked / 2**20, ""),
+        ("head: 4,096 x 49k log-probs, naive, MiB", naive / 2**20, ""),
+        ("head: peak memory, chunked / naive", chunked / naive, "<= 0.5"),
+    ]
+
+
 def holds(figure: float, bound: str) -> bool | None:
     if not bound:
         return None
@@ -102,7 +126,7 @@ def holds(figure: float, bound: str) -> bool | None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl"]
+    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner"]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if "quickstart" in wanted:
@@ -113,6 +137,8 @@ def main() -> None:
                 rows += [*system_rows("smollm2", run, 0.9), *sync_rows(run)]
             if "trl" in wanted:
                 rows += trl_rows(run)
+        if "learner" in wanted:
+            rows += learner_rows()
     table = Table("figure", "measured", "bound", "")
     for what, figure, bound in rows:
         table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])

@@ -18,8 +18,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from rl.config_stage import RlStage
 from rl.config_file import load_config
+from rl.config_stage import RlStage
 from rl.env import World
 from rl.pretrained import find_model
 from rl.task import TaskStream

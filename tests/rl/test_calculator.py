@@ -12,7 +12,7 @@ from rl.envs.calculator import Calculator, CalculatorError, Expression, calculat
 from rl.episode import Identity, Limits, StopReason, run_episode
 from rl.policy import Sampling, ScriptedPolicy
 from rl.reward import Score, final_answer
-from rl.task import TaskStream
+from rl.task import Task, TaskStream
 
 LIMITS = Limits(max_turns=8, max_length=10_000)
 
@@ -204,3 +204,28 @@ def test_a_stream_resumes_where_its_cursor_stood():
 )
 def test_last_integer(text, found):
     assert last_integer(text) == found
+
+
+@pytest.mark.parametrize(
+    ("messages", "rewards"),
+    [
+        (["1+2", "3+4", "7"], [0.1, 0.1, 0.1]),  # 1+2+4: both steps, and the answer
+        (["1+2", "1+2", "3+4", "7"], [0.1, 0.0, 0.1, 0.1]),  # a step is done once
+        (["2+4", "1+2", "8"], [0.0, 0.1, 0.0]),  # not the next one; a wrong answer
+    ],
+)
+async def test_progress_is_given_for_each_next_right_step(codec, messages, rewards):
+    env = Calculator(CalculatorConfig(name="calculator", progress_reward=0.1))
+    await env.reset(Task("t", {"expression": Expression((1, 2, 4), ("+", "+"))}, "7"))
+    found = []
+    for said in messages:
+        a, plus, b = said.partition("+")
+        call = f'<tool_call>{{"name": "calculator", "arguments": {{"a": {a}, "op": "+", "b": {b}}}}}</tool_call>'
+        found.append((await env.step(text_action(call if plus else said))).reward)
+    assert found == pytest.approx(rewards)
+
+
+@pytest.mark.parametrize(("text", "flags"), [("12", []), ("I think -4", []), ("", ["void"]), ("well", ["void"])])
+async def test_an_answer_without_a_number_is_void(text, flags):
+    step = await Calculator(CalculatorConfig(name="calculator")).step(text_action(text))
+    assert step.done and step.info["flags"] == flags

@@ -63,7 +63,7 @@ def say(codec):
             Turn(replied, [-0.25] * len(replied), [4] * len(replied), False, reply),
         ]
         ids = codec.prompt(prompt, [TOOL])
-        return Episode(Identity(0, 0, "calc"), task(question), prompt, ids, codec.end_of_turn, [TOOL], turns)
+        return Episode(Identity(0, 0, "calc"), task(question), prompt, ids, codec.end_of_turn, turns, tools=[TOOL])
 
     return say
 
@@ -241,7 +241,7 @@ def test_a_pair_of_the_same_tokens_prefers_nothing(material, replies, rule, said
 )
 def test_a_stage_says_what_becomes_of_its_episodes(material, codec, stage, sources):
     m = material(("12", 1.0), ("it is 12", 1.0), ("13", 0.0), demonstration="gold")
-    assert sorted(e.source for e in build(stage, [m], codec, 0, 0)) == sources
+    assert sorted(e.source for e in build(stage, [m], codec, 0, 0, 320)) == sources
 
 
 def test_a_data_stage_of_ones_own(material, codec, tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_data_stage_of_ones_own(material, codec, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     m = material(("it is 12", 1.0), ("12", 0.0))
-    (example,) = build(sft("own_stage.shortest"), [m], codec, 0, 0)
+    (example,) = build(sft("own_stage.shortest"), [m], codec, 0, 0, 320)
     assert example.source == "calc:3+9 True"
     assert same(example.trajectories[0], to_trajectory(m.episodes[1]))
 
@@ -278,7 +278,7 @@ def test_seed_and_round_decide_the_examples_and_the_task_by_itself(material, cod
     materials = [material(*said, question=f"{n}+9") for n in range(8)]
 
     def made(which=slice(None), seed=0, round_number=0):
-        return [replies(e) for e in build(preference(), materials[which], codec, seed, round_number)]
+        return [replies(e) for e in build(preference(), materials[which], codec, seed, round_number, 320)]
 
     first = made()
     assert len(first) == 8
@@ -302,7 +302,7 @@ def test_examples_without_a_token_to_train_on_are_left_out(material, codec, make
         Example((silent, trained), (1.0, -1.0)),
     ]
     monkeypatch.setitem(BUILT_IN, "made", lambda codec: lambda material, rng: made)
-    assert [e.source for e in build(sft("made"), [material()], codec, 0, 0)] == ["kept", "kept"]
+    assert [e.source for e in build(sft("made"), [material()], codec, 0, 0, 320)] == ["kept", "kept"]
 
 
 def test_with_prompt_by_hand():
@@ -334,7 +334,7 @@ def pair(say):
 def test_every_pair_gets_an_answer_to_another_prompt(pair, replies):
     """The next other prompt's, past pairs of one's own, chosen and rejected in turn, and around the end."""
     given = [pair("1+1", "a", "b"), pair("1+1", "c", "d"), pair("123+456", "eeee", "ffff"), pair("1+1", "g", "h")]
-    found = with_mismatched(given)
+    found = with_mismatched(given, 320)
     assert [replies(e)[2] for e in found] == ["eeee", "ffff", "g", "ffff"]
     for before, after in zip(given, found, strict=True):
         assert after.labels == (1.0, -1.0, 0.0)
@@ -353,11 +353,23 @@ def test_every_pair_gets_an_answer_to_another_prompt(pair, replies):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_single_prompt_is_left_as_it_is(pair, count):
     given = [pair("1+1", f"{i}", "no") for i in range(count)]
-    assert with_mismatched(given) == given
+    assert with_mismatched(given, 320) == given
 
 
 @pytest.mark.parametrize(("loss", "labels"), [("kto", (1.0, -1.0, 0.0)), ("sigmoid", (1.0, -1.0))])
 def test_only_kto_estimates_on_mismatched_answers(material, codec, loss, labels):
     materials = [material(("12", 1.0), ("13", 0.0), question=q) for q in ("1+1", "2+2")]
-    found = build(preference(loss=loss), materials, codec, 0, 0)
+    found = build(preference(loss=loss), materials, codec, 0, 0, 320)
     assert [e.labels for e in found] == [labels] * 2
+
+
+def test_what_a_longer_prompt_made_too_long_is_left_out(pair, material, codec):
+    """The model has max_length positions: a pair, or its strange answer, that needs more is not trained on."""
+    materials = [material(("12", 1.0), ("13", 0.0), question=q) for q in ("1+1", "2+2")]
+    longest = max(len(t) for e in build(preference(), materials, codec, 0, 0, 320) for t in e.trajectories)
+    assert len(build(preference(), materials, codec, 0, 0, longest)) == 2
+    assert build(preference(), materials, codec, 0, 0, longest - 1) == []
+    short, long = pair("1+1", "a", "b"), pair("123+456", "eeeeeeee", "ffffffff")
+    found = with_mismatched([short, long], len(long.trajectories[0]) - 1)
+    assert [len(e.trajectories) for e in found] == [3, 3]
+    assert [len(e.trajectories) for e in with_mismatched([short, long], len(short.trajectories[0]))] == [2, 2]
