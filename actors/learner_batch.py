@@ -36,14 +36,14 @@ class RlBatch:
     kl_coefficient: float
 
     def share(self, rank: int, ranks: int) -> list[Sample]:
-        """This rank's samples of the batch, weighted for the policy's loss."""
+        """This rank's samples of the batch, weighted for the policy's loss; one without weight where it has none."""
         algo = self.algo
         weights = token_weights(
             [self.turn_tokens[g][s] for g, s in self.chosen],
             aggregation=algo.aggregation,
             fixed_length=algo.fixed_length or self.fixed_length,
         )
-        mine = balance([self.tokens[g][s] for g, s in self.chosen], ranks)[rank]
+        mine, idle = _share([self.tokens[g][s] for g, s in self.chosen], rank, ranks)
         needed = sorted({self.chosen[k][0] for k in mine})
         fetched = dict(zip(needed, ray.get([self.groups[g] for g in needed]), strict=True))
         columns = ray.get(self.columns)
@@ -51,7 +51,7 @@ class RlBatch:
         for k in mine:
             g, s = self.chosen[k]
             trajectory = fetched[g][s]
-            samples.append(Sample(trajectory, spread_weights(trajectory, weights[k]), columns[g][s]))
+            samples.append(Sample(trajectory, spread_weights(trajectory, [] if idle else weights[k]), columns[g][s]))
         return samples
 
     def for_critic(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -64,7 +64,7 @@ class RlBatch:
             at = trained_positions(sample.trajectory)
             valued = first_tokens(sample.trajectory.turn[at]) if by_turn else np.ones(len(at), bool)
             weights = np.zeros(len(sample.trajectory), np.float32)
-            weights[at[valued]] = weight
+            weights[at[valued]] = weight if sample.weights.any() else 0
             out.append(Sample(sample.trajectory, weights, sample.columns))
         return out
 
@@ -86,26 +86,34 @@ class Held:
 
 
 def example_samples(held: Sequence[Held], rank: int, ranks: int) -> list[Sample]:
-    """This rank's samples of a batch of examples; a pair is a unit. Mismatched trajectories (label 0) are left out.
+    """This rank's samples of a batch of examples; a pair is a unit. Mismatched trajectories (label 0) are left out. A
+    rank without any has samples without weight.
 
     A demonstration's tokens weigh 1 / all the batch's trained tokens, a pair's episodes 1 / pairs.
     """
     paired = len(held[0].example.trajectories) > 1
     lengths = [sum(len(t) for t in h.example.trajectories) for h in held]
     weights = token_weights([turn_lengths(h.example.trajectories[0]) for h in held], aggregation="token")
+    mine, idle = _share(lengths, rank, ranks)
     samples = []
-    for k in balance(lengths, ranks)[rank]:
+    for k in mine:
         example, references = held[k].example, held[k].references
         for i, (trajectory, label) in enumerate(zip(example.trajectories, example.labels, strict=True)):
             if not label:
                 continue
             columns = {"reference": references[i]} if references else {}
             if paired:
-                each = np.full(len(trajectory), 1 / len(held), np.float32)
-                samples.append(Sample(trajectory, each, columns, unit=k, label=label))
+                each = np.full(len(trajectory), 0 if idle else 1 / len(held), np.float32)
+                samples.append(Sample(trajectory, each, columns, unit=k, label=0.0 if idle else label))
             else:
-                samples.append(Sample(trajectory, spread_weights(trajectory, weights[k]), columns))
+                samples.append(Sample(trajectory, spread_weights(trajectory, [] if idle else weights[k]), columns))
     return samples
+
+
+def _share(lengths: Sequence[int], rank: int, ranks: int) -> tuple[list[int], bool]:
+    """This rank's indices; without any the first one, and True: collectives want every rank to take part."""
+    mine = balance(lengths, ranks)[rank]
+    return mine or [0], not mine
 
 
 def with_masked_thoughts(
@@ -116,9 +124,10 @@ def with_masked_thoughts(
     assert config is not None
     rate = masked_thought_rate(step, stage.steps, rate=config.rate, warmup=config.warmup)
     out = []
-    for i, sample in enumerate(samples):
+    for sample in samples:
         tokens, t = sample.trajectory.tokens, sample.trajectory
-        rng = np.random.default_rng(derive_seed("masked_thought", seed, step, i, tokens.tobytes().hex()))
+        # By the tokens, not by a place in this rank's share: the same words on any number of ranks.
+        rng = np.random.default_rng(derive_seed("masked_thought", seed, step, tokens.tobytes().hex()))
         inputs = masked_thought(
             tokens, t.loss_mask & np.isin(tokens, words), rate=rate, vocabulary=words, rng=rng,
             mask_token=mask_token if config.replacement == "mask" else None,

@@ -219,7 +219,7 @@ def test_a_critic_learns_beside_the_policy_on_two_ranks(ray_cluster, quickstart_
     scorer = ValueScorer(load_causal_lm(model, "float32"))
     trainer = torch_trainer(config, scorer)
     one = shipped(batch, algo)
-    valued = one.for_critic([Sample(groups[g][s], np.zeros(len(groups[g][s])), columns[g][s]) for g, s in flat])
+    valued = one.for_critic([Sample(groups[g][s], np.ones(len(groups[g][s])), columns[g][s]) for g, s in flat])
     for _ in range(2):
         sums, _ = optimizer_step(trainer, valued, ValueRegression(None), lr=LR, token_budget=10_000)
     expected = frozen_scores(scorer, [groups[g][s] for g, s in flat], None, 10_000)

@@ -130,14 +130,12 @@ def test_the_rate_rises_over_the_first_steps_of_the_stage(thoughts):
     assert shares[0] == 0
 
 
-def test_the_corruption_is_the_seeds_the_steps_and_the_places(thoughts):
-    """A demonstration that a batch holds twice is corrupted twice over."""
-    twice = [*thoughts, *thoughts]
-    a, b = (s.read for s in masked(twice))
-    again = [s.read for s in masked(twice)]
-    assert np.array_equal(a, again[0]) and np.array_equal(b, again[1])
-    others = [a, b, masked(thoughts, step=6)[0].read, masked(thoughts, seed=1)[0].read]
-    assert len({o.tobytes() for o in others}) == 4
+def test_the_corruption_is_the_seeds_the_steps_and_the_tokens(thoughts):
+    """And not of the place in a rank's share: the same on any number of ranks."""
+    here = masked(thoughts)[0].read
+    assert np.array_equal(here, masked([Sample(SHORT, np.ones(len(SHORT))), *thoughts])[1].read)
+    others = [here, masked(thoughts, step=6)[0].read, masked(thoughts, seed=1)[0].read]
+    assert len({o.tobytes() for o in others}) == 3
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -216,3 +214,14 @@ def test_the_critics_loss_is_a_mean_over_the_batchs_values(fetched, rank):
     assert weights_of(share[1]) == pytest.approx(([fifth, 0, fifth, 0, 0, fifth, 0], [fifth, fifth, 0])[rank])
     assert all(not s.weights[~s.trajectory.loss_mask].any() for samples in share for s in samples)
     assert [s.columns["advantages"][0] for s in share[0]] == ([0, 1], [10, 11])[rank]
+
+
+def test_a_rank_without_a_share_has_a_sample_without_weight():
+    """Fewer examples than ranks, or one that is longer than all others together: nothing is trained twice."""
+    held = [Held(Example((SHORT,)))]
+    shares = [example_samples(held, rank, 3) for rank in range(3)]
+    assert [len(share) for share in shares] == [1, 1, 1]
+    assert sorted(bool(share[0].weights.any()) for share in shares) == [False, False, True]
+    pairs = [Held(Example((SHORT, TURNS), (1.0, -1.0)))]
+    idle = [s for rank in range(2) for s in example_samples(pairs, rank, 2) if not s.label]
+    assert len(idle) == 2 and not any(s.weights.any() for s in idle)

@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Path:
         )  # fmt: skip
         success = step % 2 == 1
         played = episode(step, "[red]call[/nothing]", () if success else ("tool_error",))
-        row = to_row(played, to_trajectory(played), Score(float(success), {"outcome": float(success)}), 0.5, success)
+        row = to_row(played, to_trajectory(played), Score(float(success), {"outcome": float(success)}, success), 0.5)
         write_parquet(folder / "trajectories" / f"rl-01-{step:05d}.parquet", [row])
     sinks.evaluation(
         {
