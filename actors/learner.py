@@ -19,6 +19,7 @@ from actors.learner_batch import Drawn, Held, RlBatch, example_samples, with_mas
 from actors.role import Role
 from rl import adapter
 from rl.algo.preference import kto_kl
+from rl.algo.sft import masked_thought_rate
 from rl.batch import Sample
 from rl.config import Config
 from rl.config_stage import ExampleStage, PreferenceStage, RewardModelStage, RlStage, SftStage, TrainingStage
@@ -188,15 +189,19 @@ class LearnerRank(Role):
         assert isinstance(stage, ExampleStage)
 
         def run() -> Sums:
+            told: Sums = {}
             samples = example_samples(held, self._rank, count)
             if isinstance(stage, SftStage) and stage.masked_thought:
+                m = stage.masked_thought
+                told["sft/masked_share/max"] = masked_thought_rate(step, stage.steps, rate=m.rate, warmup=m.warmup)
                 samples = with_masked_thoughts(
                     samples, stage, step, self._config.run.seed, self._words, self._mask_token
                 )
-            kl = self._kto_kl(held) if isinstance(stage, PreferenceStage) and stage.loss == "kto" else 0.0
+            kl = 0.0
+            if isinstance(stage, PreferenceStage) and stage.loss == "kto":
+                kl = told["preference/kto_kl/max"] = self._kto_kl(held)
             objective = example_objective(stage, len(self._tokenizer), kl)
-            sums = self._optimize(self._trainer, samples, objective, lr)
-            return {**sums, "preference/kto_kl/max": kl} if kl else sums
+            return {**self._optimize(self._trainer, samples, objective, lr), **told}
 
         return self._once(step_id, run)
 

@@ -67,6 +67,7 @@ def test_an_sft_stage_relabels_what_it_sampled(composed):
     shares = {k: v for k, v in first.items() if k in ("data/self", "data/paraphrase", "data/gold")}
     assert sum(shares.values()) == pytest.approx(1) and shares["data/self"] > 0
     assert [line["round"] for line in of(lines, 3)] == [0, 0, 1, 1]
+    assert [line["sft/masked_share"] for line in of(lines, 3)] == pytest.approx([0, 0.225] * 2)  # 0.3 / (2/3 x 2)
 
 
 def test_a_reward_model_is_trained_saved_and_scores_the_stages_after_it(composed):
