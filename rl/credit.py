@@ -18,7 +18,6 @@ from rl.algo.returns import (
     dense_rewards,
     discounted_returns,
     epo_advantages,
-    less_kl,
     on_last_token,
     outcome_rewards,
     over_tokens,
@@ -173,7 +172,7 @@ def _of_tokens(e: _Played, algo: AlgoConfig) -> dict[str, Tensor]:
         given_K = sums_by(given_N, whose_N, int(starts_N.sum()))
         made_K, returns_K = gae(given_K, e.values_N[starts_N], gamma=algo.gamma, lam=algo.lam)
         return {"advantages": made_K[whose_N], "returns": returns_K[whose_N]}
-    rewards_N = less_kl(on_last_token(e.rewards_K, e.turn_N), e.kl_N, 1.0)
+    rewards_N = on_last_token(e.rewards_K, e.turn_N) - e.kl_N
     if algo.advantage == "token":
         return {"advantages": discounted_returns(rewards_N, algo.gamma)}
     assert e.values_N is not None

@@ -5,7 +5,7 @@ on how the batch was cut into micro-batches or spread over ranks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -50,7 +50,6 @@ def optimizer_step(
     *,
     lr: float,
     token_budget: int,
-    progress: Callable[[], None] = lambda: None,
 ) -> tuple[Sums, int]:
     """One step on this rank's share of a batch. Returns its sums, and the token budget that fitted in memory.
 
@@ -60,7 +59,7 @@ def optimizer_step(
     while True:
         failed, sums = False, {}
         try:
-            sums = _accumulate(trainer, samples, objective, token_budget, progress)
+            sums = _accumulate(trainer, samples, objective, token_budget)
         except torch.cuda.OutOfMemoryError as error:
             failed = True
             if not trainer.can_retry or token_budget <= min(len(s.trajectory) for s in samples):
@@ -87,7 +86,6 @@ def _accumulate(
     samples: Sequence[Sample],
     objective: Objective,
     token_budget: int,
-    progress: Callable[[], None],
 ) -> Sums:
     total: Sums = {}
     for micro in _micro_batches(trainer, samples, token_budget):
@@ -99,7 +97,6 @@ def _accumulate(
         trainer.backward(loss)
         if micro.weights_N.any():
             total = add_sums(total, {**sums, "tokens": float(len(scores_N))})
-        progress()
     return total
 
 

@@ -6,7 +6,6 @@
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from rl.config import Dtype
 from rl.config_file import ConfigError
 from rl.model import DTYPES
 from rl.pretrained import ModelNotFound, find_model
+from rl.weights import block_of
 
 Rule = Callable[[str], Tensor]
 """A tensor's name -> its merged value, float32."""
@@ -31,7 +31,6 @@ Rule = Callable[[str], Tensor]
 _INDEX = "model.safetensors.index.json"
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "repertory.yaml")
 _NOT_OF_THE_MERGED = {"state.json", "adapter_config.json", _INDEX}
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,6 @@ def lines_coefficients(count: int, alpha: float | None, beta: float | None) -> t
         )
     alpha = 1 / count if alpha is None else alpha
     return alpha, 1 - alpha if beta is None else beta
-
-
-def block_of(name: str) -> int | None:
-    """The block that a parameter belongs to, from its name; None is outside the blocks."""
-    found = _BLOCK.search(name)
-    return int(found[1]) if found else None
 
 
 @contextmanager

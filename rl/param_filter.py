@@ -7,8 +7,8 @@ from random import Random
 
 from rl.config_stage import ParameterFilter
 from rl.env import load_object
-from rl.merge import block_of
 from rl.task import derive_seed
+from rl.weights import block_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -4,6 +4,7 @@ A bucket is one uint8 array holding whole tensors at aligned offsets. It crosses
 no numpy type, bytes have), and is read back without a copy.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from rl.model import DTYPES
 
 _ALIGNMENT = 64
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 class ChecksumError(RuntimeError):
@@ -108,3 +110,8 @@ def unpack(bucket: Bucket, data: np.ndarray, dtype: str) -> Iterator[tuple[str, 
         part = whole[entry.offset : entry.offset + entry.nbytes]
         yield entry.name, part.view(DTYPES[dtype]).view(entry.shape)
 
+
+def block_of(name: str) -> int | None:
+    """The block that a parameter belongs to, from its name; None is outside the blocks."""
+    found = _BLOCK.search(name)
+    return int(found[1]) if found else None

@@ -28,11 +28,6 @@ def group_advantages(rewards_G: Tensor, *, baseline: str, normalise: str, counte
     return relative_G.to(rewards_G.dtype)
 
 
-def batch_advantages(rewards_BG: Tensor, *, baseline: str, normalise: str) -> Tensor:
-    """Advantages of a batch of groups, [B, G]: each group by itself."""
-    return torch.stack([group_advantages(g, baseline=baseline, normalise=normalise) for g in rewards_BG])
-
-
 def group_turn_advantages(
     rewards: Sequence[Tensor], *, gamma: float, baseline: str, normalise: str, counted_G: Tensor | None = None
 ) -> list[Tensor]:

@@ -66,11 +66,3 @@ def on_last_token(rewards_K: Tensor, turn_N: Tensor) -> Tensor:
 def over_tokens(values_K: Tensor, turn_N: Tensor) -> Tensor:
     """A turn's value on each of its trained tokens, [N]."""
     return values_K[turn_N.long()]
-
-
-def less_kl(rewards_N: Tensor, kl_N: Tensor, coefficient: float) -> Tensor:
-    """r_t - coefficient * kl_t, [N]: the KL penalty in the reward, as in REINFORCE++, instead of in the loss.
-
-    https://arxiv.org/abs/2501.03262; kl_t is the log-ratio of behaviour to reference (k1) at the sampled token.
-    """
-    return rewards_N - coefficient * kl_N

@@ -6,7 +6,6 @@ import torch
 
 from rl.algo.advantage import (
     EPSILON,
-    batch_advantages,
     gae,
     group_advantages,
     group_turn_advantages,
@@ -39,7 +38,8 @@ def test_by_hand(baseline, normalise, expected):
 def test_agrees_with_trl():
     """TRL: (rewards - grouped.mean) / (grouped.std(ddof=1) + eps), the groups as rows."""
     rewards = np.random.default_rng(0).normal(size=(5, 8))
-    ours = batch_advantages(torch.tensor(rewards), baseline="group_mean", normalise="group_std").numpy()
+    rule = {"baseline": "group_mean", "normalise": "group_std"}
+    ours = np.stack([group_advantages(torch.tensor(group), **rule).numpy() for group in rewards])
     std = rewards.std(axis=1, ddof=1, keepdims=True)
     np.testing.assert_allclose(ours, (rewards - rewards.mean(axis=1, keepdims=True)) / (std + EPSILON), rtol=1e-9)
 
@@ -48,15 +48,6 @@ def test_leave_one_out_agrees_with_rloo_written_out():
     rewards = np.random.default_rng(1).normal(size=7)
     ours = group_advantages(torch.tensor(rewards), baseline="leave_one_out", normalise="none").numpy()
     np.testing.assert_allclose(ours, [r - np.delete(rewards, i).mean() for i, r in enumerate(rewards)], rtol=1e-9)
-
-
-@pytest.mark.parametrize(("baseline", "normalise"), RULES)
-def test_groups_do_not_mix(baseline, normalise):
-    rewards = torch.tensor([[1.0, 0.0, 0.5], [5.0, 7.0, 9.0]])
-    together = batch_advantages(rewards, baseline=baseline, normalise=normalise)
-    alone = group_advantages(rewards[1], baseline=baseline, normalise=normalise)
-    assert together.shape == (2, 3)
-    assert torch.equal(together[1], alone)
 
 
 @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])

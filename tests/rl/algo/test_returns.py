@@ -8,7 +8,6 @@ from rl.algo.returns import (
     dense_rewards,
     discounted_returns,
     epo_advantages,
-    less_kl,
     on_last_token,
     outcome_rewards,
     over_tokens,
@@ -107,8 +106,3 @@ def test_many_small_rewards_keep_their_sum():
 def test_every_token_of_a_turn_has_the_turns_value(dtype):
     turns = torch.tensor([0, 0, 2, 2, 2], dtype=dtype)
     assert over_tokens(torch.tensor([5.0, 6.0, 7.0]), turns).tolist() == [5.0, 5.0, 7.0, 7.0, 7.0]
-
-
-def test_kl_is_taken_off_the_reward_token_by_token():
-    found = less_kl(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, -0.25, 2.0]), 0.5)
-    assert found.tolist() == [-0.25, 0.125, 0.0]
