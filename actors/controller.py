@@ -31,7 +31,7 @@ from rl.config_stage import EvalStage, ExampleStage, RewardModelStage, RlStage, 
 from rl.env import World
 from rl.episode import GroupRequest
 from rl.evaluate import Outcome, Report, report
-from rl.metrics import Sinks, forget_after
+from rl.metrics import Sinks, forget_after, read_lines
 from rl.policy import Sampling
 from rl.task import Task, TaskStream
 
@@ -82,7 +82,8 @@ class Controller(Role):
                     loop = RlLoop if isinstance(stage, RlStage) else ExampleLoop
                     await loop(self, index, stage).train()  # type: ignore[arg-type]
                 self._trained = stage.kind
-                self.state = replace(self.state, stage_start=f"checkpoints/step={self.state.step}")
+                end = f"checkpoints/step={self.state.step}"
+                self.state = replace(self.state, stage_start=end, ends={**self.state.ends, str(index): end})
             self._phase = "done"
         finally:
             await self._write_statuses()
@@ -102,6 +103,8 @@ class Controller(Role):
             self._initial = await self.company.start(self.folder / "initial", self._resume)
         if self._resume:
             forget_after(self.folder, self.state.step, self.state.stage)
+            done = read_lines(self.folder / "metrics.jsonl")
+            self._born -= done[-1]["time_s"] if done else 0.0  # `time_s` goes on counting
             await self.company.all_ranks("restore", str(self._resume))
             self.say(f"resumed from {self._resume.name}")
         if (scores_with := self._reward_model()) is not None:
@@ -163,8 +166,12 @@ class Controller(Role):
         return played
 
     async def begin(self, index: int, stage: TrainingStage) -> None:
-        """A fresh optimizer, unless the stage goes on from a checkpoint inside it."""
+        """The weights to start with and a fresh optimizer, unless the stage goes on from a checkpoint inside it."""
         resume = str(self._resume) if self.state.stage_step > 0 else None
+        branches = stage.start is not None and resume is None
+        if branches:
+            self.state = replace(self.state, stage_start=self.state.ends[str(stage.start)])
+            await self.company.all_ranks("restore", str(self._stage_start()))
         await self.company.all_ranks("begin_stage", index, stage, str(self._stage_start()), resume)
         lora = self.config.learner.lora
         self._publishes = "all"
@@ -173,6 +180,8 @@ class Controller(Role):
             self._publishes = "adapter"
             if resume:
                 await self.publish()
+        elif branches:
+            await self.publish()
 
     def _stage_start(self) -> Path:
         """The folder of the weights that the stage started with."""
@@ -204,12 +213,14 @@ class Controller(Role):
         log.info("published version %d: %s; loaded: %s", version, published, loaded)
 
     async def checkpoint(self) -> None:
-        """Everything a resumed run needs, complete or absent. The stage's own start is spared: its reference."""
+        """Everything a resumed run needs, complete or absent. Where this stage and later ones start is kept."""
         with self.working("checkpoint"), checkpoint.writing(self.folder, self.state.step) as folder:
             await self.company.all_ranks("save", str(folder))
             (folder / "repertory.yaml").write_text(dump_config(self.config))
             checkpoint.write_state(folder, self.state)
-        checkpoint.prune(self.folder, self.config.run.keep_checkpoints, Path(self.state.stage_start).name)
+        starts = {stage.start for stage in self.config.stages[self.state.stage + 1 :] if stage.kind != "eval"}
+        needed = [self.state.stage_start, *(end for i, end in self.state.ends.items() if int(i) in starts)]
+        checkpoint.prune(self.folder, self.config.run.keep_checkpoints, {Path(p).name for p in needed})
 
     def advance(self, kind: str, metrics: dict[str, float]) -> None:
         """A step is done: count it and write its line."""

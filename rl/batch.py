@@ -43,16 +43,18 @@ class Packed:
     prefix tree of the sequences. tokens_U, positions_U: int64.
     rows: sequences of similar length, as int64 [B, L] of indices into U, padded on the right with any index.
     home_U: a place of token u among the positions of all rows, laid end to end. It may have several, all alike.
+    starts_R: where each row starts among them, and the end of the last, int32 [rows + 1].
     """
 
     tokens_U: Tensor
     positions_U: Tensor
     rows: tuple[Tensor, ...]
     home_U: Tensor
+    starts_R: Tensor
 
     def to(self, device: str) -> "Packed":
-        rows = tuple(r.to(device) for r in self.rows)
-        return Packed(self.tokens_U.to(device), self.positions_U.to(device), rows, self.home_U.to(device))
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if k != "rows"}
+        return Packed(**moved, rows=tuple(r.to(device) for r in self.rows))
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,9 @@ def pack(sequences: Sequence[np.ndarray]) -> tuple[Packed, list[np.ndarray]]:
             rows[-1][b, : len(place)] = place
             home[place] = start + b * width + np.arange(len(place))
         start += len(block) * width
+    starts = np.cumsum([0, *(len(row) for block in rows for row in block)], dtype=np.int32)
     tensor = torch.from_numpy
-    return Packed(tensor(tokens), tensor(positions), tuple(map(tensor, rows)), tensor(home)), places
+    return Packed(tensor(tokens), tensor(positions), tuple(map(tensor, rows)), tensor(home), tensor(starts)), places
 
 
 def trained_positions(trajectory: Trajectory) -> np.ndarray:

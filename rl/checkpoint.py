@@ -9,9 +9,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -20,7 +20,8 @@ class State:
     """Where a run stood: the stage it was in, the steps done in it and in all, and what must not be used again.
 
     A finished stage stands at its last step, so that a resumed run may be given more steps of it. stage_start: the
-    checkpoint folder (relative to the run) that the stage's reference is frozen at; "" is the initial model.
+    checkpoint folder (relative to the run) that the stage started from; "" is the initial model. ends: those that the
+    finished stages ended with, by index.
     """
 
     stage: int
@@ -29,6 +30,7 @@ class State:
     version: int
     cursor: int
     stage_start: str = ""
+    ends: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -67,11 +69,11 @@ def newest(run: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.partition("=")[2]), default=None)
 
 
-def prune(run: Path, keep: int, spared: str = "") -> None:
-    """Delete all but the newest `keep` checkpoints, and the one named `spared`."""
+def prune(run: Path, keep: int, spared: Collection[str] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints, and those named in `spared`."""
     found = sorted((run / "checkpoints").glob("step=*"), key=lambda p: int(p.name.partition("=")[2]))
     for folder in found[:-keep]:
-        if folder.name != spared:
+        if folder.name not in spared:
             shutil.rmtree(folder)
 
 

@@ -243,6 +243,13 @@ class Config(Strict):
                     f"stages[{index}].param_filter freezes parameters, and learner.weight_decay = "
                     f"{self.learner.weight_decay:g} would shrink them all the same: set it to 0"
                 )
+            if stage.kind != "eval" and stage.start is not None:
+                earlier = [i for i, s in enumerate(self.stages[:index]) if s.kind != "eval"]
+                if stage.start not in earlier:
+                    raise ValueError(
+                        f"stages[{index}].start: {stage.start} is not a stage before it that trains. Those are: "
+                        f"{', '.join(map(str, earlier)) or 'none'}"
+                    )
         trains_rewards = [i for i, stage in enumerate(self.stages) if isinstance(stage, RewardModelStage)]
         if self.reward.model == "trained" and not trains_rewards:
             raise ValueError("reward.model is `trained`, and no stage is a reward_model: add one, or give a folder")

@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: no such configuration file")
     try:
         node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-        data = yaml.safe_load(path.read_text())
+        data = _unshared(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -44,6 +44,13 @@ def validate(data: dict[str, Any], source: str, node: Any = None, overridden: li
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, source, node, overridden or []) for e in error.errors())) from None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what a YAML alias repeats is not one object: an override changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def dump_config(config: Config) -> str:

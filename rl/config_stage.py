@@ -52,6 +52,9 @@ class TrainingStage(Strict):
     """What every stage that changes weights has."""
 
     steps: PositiveInt
+    start: NonNegativeInt | None = None
+    """The index of an earlier stage: the weights that it ended with are where this one starts. Default: the weights as
+    they are. Stages with one start are alternatives, compared in one run."""
     lr: float = Field(default=1e-4, gt=0)
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -58,21 +58,49 @@ def packed_attention(
     """
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{type(module).__name__} caps its scores or has attention sinks: not packed yet")
-    (heads, unique, dim), kv_heads = query_1HUD.shape[1:], key_1KUD.shape[1]
-    dtype = query_1HUD.dtype
+    heads, kv_heads, dim = query_1HUD.shape[1], key_1KUD.shape[1], query_1HUD.shape[3]
+    dtype, device = query_1HUD.dtype, query_1HUD.device.type
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return flash_rows(query_1HUD, key_1KUD, value_1KUD, packed, scaling, sliding_window), None
     # Gradients of a shared token are summed over its rows; bfloat16 would lose the small ones on CPU.
-    wide = torch.float32 if query_1HUD.device.type == "cpu" else dtype
-    tables = [x[0].transpose(0, 1).flatten(1).to(wide) for x in (query_1HUD, key_1KUD, value_1KUD)]
+    wide = torch.float32 if device == "cpu" else dtype
+    tables = [_table(x).to(wide) for x in (query_1HUD, key_1KUD, value_1KUD)]
     outputs = []
     for rows_BL in packed.rows:
-        # F.embedding: a gather whose backward pass adds up in parallel.
         q, k, v = (
-            F.embedding(rows_BL, table).unflatten(-1, (n, dim)).transpose(1, 2)
+            _take(rows_BL, table, n).transpose(1, 2)
             for table, n in zip(tables, (heads, kv_heads, kv_heads), strict=True)
         )
         outputs.append(_causal(q, k, v, scaling, sliding_window).transpose(1, 2).reshape(-1, heads * dim))
-    out = F.embedding(packed.home_U, torch.cat(outputs))
-    return out.to(dtype).view(1, unique, heads, dim), None
+    return _take(packed.home_U, torch.cat(outputs), heads).to(dtype)[None], None
+
+
+def flash_rows(
+    query_1HUD: Tensor, key_1KUD: Tensor, value_1KUD: Tensor, packed: Packed, scale: float | None, window: int | None
+) -> Tensor:
+    """The same by torch's variable-length flash kernel, one call for all rows: bfloat16 or float16 on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads, kv_heads = query_1HUD.shape[1], key_1KUD.shape[1]
+    positions_S = torch.cat([rows_BL.flatten() for rows_BL in packed.rows])
+    q, k, v = (_take(positions_S, _table(x), x.shape[1]) for x in (query_1HUD, key_1KUD, value_1KUD))
+    longest = packed.rows[0].shape[1]
+    out_SHD = varlen_attn(
+        q, k, v, packed.starts_R, packed.starts_R, longest, longest,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=heads != kv_heads,
+    )  # fmt: skip
+    assert isinstance(out_SHD, Tensor)
+    return _take(packed.home_U, out_SHD.flatten(1), heads)[None]
+
+
+def _table(x_1HUD: Tensor) -> Tensor:
+    """[U, H x D]."""
+    return x_1HUD[0].transpose(0, 1).flatten(1)
+
+
+def _take(indices: Tensor, table: Tensor, heads: int) -> Tensor:
+    """[*indices, H, D]. F.embedding: a gather whose backward pass adds up in parallel."""
+    return F.embedding(indices, table).unflatten(-1, (heads, -1))
 
 
 def _causal(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scale: float | None, window: int | None) -> Tensor:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import SMALL, repertory
+from safetensors.torch import load_file
 
 from rl.metrics import read_lines
 
@@ -42,6 +44,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
          "algo": {"name": "ppo", "group_size": 4, "critic": {"lr": 1e-3, "warmup_steps": 1},
                   "proximal": "recompute", "importance": {"kind": "truncated"},
                   "kl": {"coefficient": 0.1, "final": 0.0}, "filters": [{"name": "zero_variance"}], "oversample": 2.0}},
+        {"kind": "rl", "start": 0, "steps": 2, "tasks_per_step": 2, "lr": 1e-9, "algo": {"kl": {"coefficient": 0.1}}},
     ]  # fmt: skip
     return run(tmp_path_factory.mktemp("composed"), "run", stages, "reward.model=trained", "reward.success_at=0.1")
 
@@ -91,6 +94,18 @@ def test_ppo_has_a_critic_a_horizon_a_curriculum_and_a_schedule(composed):
     assert all("critic/loss" in s and s["filter/drawn_groups"] >= 4 for s in steps)
     assert steps[1]["importance/weight"] == pytest.approx(1, abs=1e-2), "generator and learner agree"
     assert len(json.loads((folder / "curriculum-05.json").read_text())) == 6
+
+
+def test_a_stage_starts_from_where_an_earlier_one_ended(composed):
+    """Learner, generator and reference: a learning rate of 1e-9 keeps the weights where they started."""
+    folder, lines = composed
+    first, second = of(lines, 6)
+    ends = [load_file(folder / "checkpoints" / name / "model.safetensors") for name in ("step=10", "latest")]
+    assert all(torch.allclose(ends[0][n], ends[1][n], rtol=0, atol=1e-7) for n in ends[0])
+    assert [first["actor/kl"], second["actor/kl"]] == pytest.approx([0, 0], abs=1e-5)
+    assert abs(first["mismatch/kl"]) < 1e-5, "the episodes came from these weights"
+    before = load_file(folder / "checkpoints" / "step=22" / "model.safetensors")
+    assert not torch.allclose(before["lm_head.weight"], ends[1]["lm_head.weight"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("publish", ["merged", "adapter"])

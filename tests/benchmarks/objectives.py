@@ -1,8 +1,9 @@
-"""`make objectives`: every objective from the same SFT checkpoints, as a table and as objectives.json.
+"""`make objectives`: every objective from the same SFT, three seeds, as a table and as objectives.json.
 
     python tests/benchmarks/objectives.py [OBJECTIVE ...]
 
-A seed's SFT is the quickstart's; then each objective has a run of its own from it, which is kept once it is finished.
+A seed is a run of configs/objectives.yaml, all of its objectives or those that are named. What was stopped goes on from
+its newest checkpoint, and a finished run is not made again.
 """
 
 import json
@@ -15,70 +16,65 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rl import checkpoint
+from rl.config_file import load_config
+from rl.config_stage import EvalStage, PreferenceStage, RlStage, Stage
 from rl.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent.parent
-RUNS = Path("runs/objectives")
+CONFIG = ROOT / "configs" / "objectives.yaml"
+RUNS = ROOT / "runs" / "objectives"
 SEEDS = (0, 1, 2)
-GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp_baseline")
-ALONE = ("reinforce_pp", "remax", "ppo", "epo")
-PREFERENCE = {"m_dpo": "sigmoid", "m_kto": "kto", "ipo": "ipo", "hinge": "hinge", "simpo": "simpo"}
+PREFERENCE = {"sigmoid": "m_dpo", "kto": "m_kto"}
 
 
-def overrides(objective: str) -> list[str]:
-    """What makes a run of configs/objectives.yaml one of this objective; as many episodes for each: 192 a step."""
-    if objective in PREFERENCE:
-        stage = {
-            "kind": "preference", "loss": PREFERENCE[objective], "steps": 12, "rounds": 3, "batch_size": 32,
-            "lr": 2e-4, "adam_eps": 1e-3, "beta": 2.5 if objective == "simpo" else 0.1,
-            "sample": {"tasks": 144, "samples": 8},
-        }  # fmt: skip
-        return [f"stages.0={json.dumps(stage)}"]
-    algo: dict[str, Any] = {"name": objective}
-    if objective == "ppo":
-        algo |= {"critic": {"lr": 1e-3, "warmup_steps": 3}, "lam": 1.0}
-    if objective == "epo":
-        algo |= {"credit": "turn"}
-    tasks = 24 if objective in GROUPED else 192
-    return [f"stages.0.algo={json.dumps(algo)}", f"stages.0.tasks_per_step={tasks}"]
+def name_of(stage: Stage) -> str:
+    if isinstance(stage, RlStage):
+        return stage.algo.name
+    return PREFERENCE.get(stage.loss, stage.loss) if isinstance(stage, PreferenceStage) else stage.kind
 
 
-def train(config: str, run: str, *settings: str) -> dict[str, Any]:
-    """The last evaluation of a run, which is made unless it is finished."""
-    lines = read_lines(ROOT / RUNS / run / "eval.jsonl")
-    if not lines:
-        command = [sys.executable, "-m", "actors", "train", f"configs/{config}.yaml", f"run.root={RUNS}"]
-        subprocess.run([*command, f"run.name={run}", "run.overwrite=true", *settings], cwd=ROOT, check=True)
-        lines = read_lines(ROOT / RUNS / run / "eval.jsonl")
-    return lines[-1]
+def chosen(wanted: list[str]) -> list[Stage]:
+    """The config's stages, the SFT and what is wanted of the rest; each is followed by its evaluation."""
+    stages = load_config(CONFIG).stages
+    trained = [name_of(s) for s in stages[::2]]
+    unknown = set(wanted) - set(trained)
+    if unknown or not all(isinstance(s, EvalStage) for s in stages[1::2]):
+        sys.exit(f"{CONFIG.name} has these objectives, each before its evaluation: {' '.join(trained)}")
+    kept = [i for i, name in enumerate(trained) if not wanted or name in {"sft", *wanted}]
+    return [stages[k] for i in kept for k in (2 * i, 2 * i + 1)]
 
 
-def seed_of(objective: str, seed: int) -> dict[str, Any]:
-    sft = f"sft-{seed}"
-    # The quickstart's stages, its RL left out.
-    only_sft = [
-        {"kind": "sft", "steps": 1000, "batch_size": 32, "lr": 1e-3, "demonstrations": {"guess_fraction": 0.5}},
-        {"kind": "eval", "n": 200},
-    ]
-    start = train("quickstart", sft, f"run.seed={seed}", f"stages={json.dumps(only_sft)}")
-    if objective == "sft":
-        return start
-    path = f"model.path={RUNS / sft / 'checkpoints' / 'latest'}"
-    return train("objectives", f"{objective}-{seed}", f"run.seed={seed}", path, *overrides(objective))
+def train(seed: int, stages: list[Stage], name: str) -> list[dict[str, Any]]:
+    """The evaluations of a seed's run, which is made, or finished, unless it is."""
+    run = RUNS / name
+    evaluations = [s for s in stages if isinstance(s, EvalStage)]
+    if len(read_lines(run / "eval.jsonl")) < len(evaluations):
+        command = [sys.executable, "-m", "actors", "train", str(CONFIG), f"run.root={RUNS}", f"run.name={name}"]
+        how = "--resume" if checkpoint.newest(run) else "run.overwrite=true"
+        listed = json.dumps([s.model_dump(mode="json") for s in stages])
+        subprocess.run([*command, how, f"run.seed={seed}", f"stages={listed}"], cwd=ROOT, check=True)
+    return read_lines(run / "eval.jsonl")
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["sft", *PREFERENCE, *GROUPED, *ALONE]
-    results = {o: [seed_of(o, seed) for seed in SEEDS] for o in wanted}
-    table = Table("objective", "sampled: mean ± std", "by seed", "greedy: mean", "seconds at most")
-    for objective, lines in results.items():
-        sampled = [line["success"] for line in lines]
+    wanted = sys.argv[1:]
+    stages = chosen(wanted)
+    names = [name_of(s) for s in stages[::2]]
+    runs = [train(seed, stages, "-".join([f"seed={seed}", *(names[1:] if wanted else [])])) for seed in SEEDS]
+    table = Table("objective", "sampled: mean ± std", "by seed", "greedy: mean ± std", "seconds at most")
+    results: dict[str, list[dict[str, Any]]] = {}
+    for i, name in enumerate(names):
+        lines = results[name] = [run[i] for run in runs]
+        sampled, greedy = [x["success"] for x in lines], [x["success_greedy"] for x in lines]
+        started = [run[i - 1]["time_s"] if i else 0.0 for run in runs]
+        seconds = max(x["time_s"] - s for x, s in zip(lines, started, strict=True))
         table.add_row(
-            objective,
+            name,
             f"{mean(sampled):.3f} ± {stdev(sampled):.3f}",
             " ".join(f"{s:.3f}" for s in sampled),
-            f"{mean(line['success_greedy'] for line in lines):.3f}",
-            f"{max(line['time_s'] for line in lines):.0f}",
+            f"{mean(greedy):.3f} ± {stdev(greedy):.3f}",
+            f"{seconds:.0f}",
         )
     Console(width=110).print(table)
     (ROOT / "objectives.json").write_text(json.dumps(results, indent=1))

@@ -199,7 +199,7 @@ def test_a_batch_moves_with_all_its_tensors(make_trajectory):
     micro = collate([sample(make_trajectory(5), reference=1.0, advantages=1.0)]).to("meta")
     values = [*vars(micro).values(), *micro.columns.values(), *vars(micro.packed).values()]
     flat = [x for v in values for x in (v if isinstance(v, tuple) else [v]) if isinstance(x, torch.Tensor)]
-    assert len(flat) == 8 + 3 + 4
+    assert len(flat) == 8 + 3 + 5
     assert {t.device.type for t in flat} == {"meta"}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rl.checkpoint import State, newest, prune, read_state, write_state, writing
 
-STATE = State(stage=1, stage_step=4, step=9, version=5, cursor=128, stage_start="step=5")
+STATE = State(stage=1, stage_step=4, step=9, version=5, cursor=128, stage_start="step=5", ends={"0": "step=5"})
 
 
 def save(run, step, text="weights"):
@@ -82,7 +82,7 @@ def test_newest_goes_by_number_and_wants_a_state(tmp_path):
 def test_prune_keeps_the_newest_and_the_spared(tmp_path):
     for step in (1, 9, 10, 11, 100):
         save(tmp_path, step)
-    prune(tmp_path, 2, spared="step=9")
+    prune(tmp_path, 2, spared={"step=9"})
     assert names(tmp_path) == ["latest", "step=100", "step=11", "step=9"]
     assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file()
     prune(tmp_path, 5)

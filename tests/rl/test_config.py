@@ -161,6 +161,13 @@ def test_what_is_dumped_loads_as_the_same_configuration(load, tmp_path):
     assert load_config(tmp_path / "dumped.yaml") == config
 
 
+def test_an_override_changes_one_of_the_places_that_an_alias_repeats(load):
+    text = "stages:\n  - &eval {kind: eval, n: 8}\n  - *eval\n  - {<<: *eval, greedy: false}\n"
+    old = GOOD[GOOD.index("stages:") :]
+    config = load(old, text, overrides=("stages.1.n=2",))
+    assert [(s.n, s.greedy) for s in config.stages] == [(8, True), (2, True), (8, False)]
+
+
 def test_settings_cannot_be_changed_after_they_were_checked(load):
     with pytest.raises(ValueError, match="frozen"):
         load().run.seed = 3

@@ -15,6 +15,7 @@ SELF = {**SFT, "sample": SAMPLE, "data_stage": "successes"}
 PREFERENCE = {"kind": "preference", "steps": 5, "sample": SAMPLE}
 REWARD_MODEL = {"kind": "reward_model", "steps": 5, "sample": SAMPLE}
 RL = {"kind": "rl", "steps": 5}
+EVAL = {"kind": "eval"}
 
 
 @pytest.fixture
@@ -125,6 +126,8 @@ LORA = {"learner": {"lora": {}}}
     ("stages", "sections", "says"),
     [
         ([RL], {"rollout": {"top_p": 0.9}}, r"an rl stage refuses rollout\.top_p and rollout\.top_k: .*bias every"),
+        ([SFT, {**RL, "start": 1}], {}, r"stages\[1\]\.start: 1 is not a stage before it that trains\. Those are: 0"),
+        ([EVAL, {**RL, "start": 0}], {}, r"stages\[1\]\.start: 0 is not a stage .*: none"),
         ([SFT, RL], {"rollout": {"top_k": 5}}, r"an rl stage refuses rollout\.top_p and rollout\.top_k: .*bias every"),
         (
             [SFT, FILTERED],

@@ -1,4 +1,5 @@
-"""The scalar head beside transformers' own model for sequence classification, and scores that are held fast."""
+"""The scalar head beside transformers' own model for sequence classification, scores that are held fast, and the
+variable-length kernel."""
 
 import copy
 from dataclasses import replace
@@ -6,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen
+import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from rl.batch import Sample, collate
-from rl.model import LogprobHead, TokenScorer, ValueScorer, frozen_scores, last_values
+from rl.batch import Sample, collate, pack
+from rl.model import LogprobHead, TokenScorer, ValueScorer, flash_rows, frozen_scores, last_values, packed_attention
 
 
 @pytest.fixture
@@ -182,3 +185,56 @@ def test_an_entropy_carries_a_gradient_where_it_is_wanted(wanted):
         torch.testing.assert_close(
             *(torch.autograd.grad(e.square().sum(), logits, retain_graph=True)[0] for e in (entropy, expected))
         )
+
+
+# -- attention by the variable-length kernel ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows():
+    """Three rows of different length that begin alike, and queries, keys and values: 4 heads over 2."""
+    packed, _ = pack([np.asarray(x) for x in ([5, 6, 7, 8, 9, 1, 2], [5, 6, 7, 4, 4, 4], [5, 9, 9])])
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, len(packed.tokens_U), 32, generator=random) for heads in (4, 2, 2))
+    return packed, query, key, value
+
+
+def as_documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch's varlen_attn in plain torch: row after row, each position sees `left` before it and `right` after it."""
+    left, right = window_size
+    outs = []
+    for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+        apart = torch.arange(end - start)[None] - torch.arange(end - start)[:, None]
+        seen = (apart <= right) & ((apart >= -left) | torch.tensor(left < 0))
+        one = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        outs.append(F.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale, enable_gqa=enable_gqa))
+        assert end - start <= max_q == max_k
+    assert cu_q is cu_k and cu_q.dtype == torch.int32 and cu_q[-1] == len(q)
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_the_variable_length_kernel_is_asked_for_the_attention_of_the_cpu(rows, monkeypatch, window, scale):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", as_documented)
+    packed, query, key, value = rows
+    wanted, _ = packed_attention(
+        torch.nn.Module(), query, key, value, None, packed=packed, scaling=scale, sliding_window=window
+    )
+    found = flash_rows(query, key, value, packed, scale, window)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on a GPU")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_variable_length_kernel_computes_the_attention_of_the_cpu(rows, window):
+    packed, *tensors = rows
+    given = [x.bfloat16().requires_grad_() for x in tensors]
+    on_gpu = [x.detach().cuda().requires_grad_() for x in given]
+    wanted, _ = packed_attention(torch.nn.Module(), *given, None, packed=packed, sliding_window=window)
+    found, _ = packed_attention(torch.nn.Module(), *on_gpu, None, packed=packed.to("cuda"), sliding_window=window)
+    torch.testing.assert_close(found.cpu(), wanted, atol=2e-2, rtol=2e-2)
+    wanted.square().sum().backward()
+    found.square().sum().backward()
+    for here, there in zip(given, on_gpu, strict=True):
+        torch.testing.assert_close(there.grad.cpu(), here.grad, atol=5e-2, rtol=5e-2)
