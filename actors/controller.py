@@ -56,8 +56,8 @@ class Controller(Role):
         self.slowest: StepResult | None = None
         self._publishes: What = "all"
         self.state = checkpoint.read_state(self._resume) if self._resume else State(0, 0, 0, -1, 0)
-        earlier = [s.kind for s in config.stages[: self.state.stage] if s.kind != "eval"]
-        self._trained = earlier[-1] if earlier else "base"
+        earlier = [s for s in config.stages[: self.state.stage] if s.kind != "eval"]
+        self._trained = earlier[-1] if earlier else None
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class Controller(Role):
                 if self.state.stage_step < self._stage_steps:
                     loop = RlLoop if isinstance(stage, RlStage) else ExampleLoop
                     await loop(self, index, stage).train()  # type: ignore[arg-type]
-                self._trained = stage.kind
+                self._trained = stage
                 end = f"checkpoints/step={self.state.step}"
                 self.state = replace(self.state, stage_start=end, ends={**self.state.ends, str(index): end})
             self._phase = "done"
@@ -128,7 +128,8 @@ class Controller(Role):
         sampled = await self._outcomes(index, stage, tasks, stage.temperature)
         greedy = await self._outcomes(index, stage, tasks, 0.0) if stage.greedy else None
         line = {
-            "stage": self._trained,
+            "stage": self._trained.kind if self._trained else "base",
+            "objective": self._trained.objective if self._trained else "",
             "stage_index": index,
             "step": self.state.step,
             "version": self.state.version,
@@ -141,7 +142,7 @@ class Controller(Role):
         self._sinks.evaluation(line)
         self._latest = {"success": sampled.success} | ({"success_greedy": greedy.success} if greedy else {})
         self._stage_step = 1
-        log.info("evaluation of %s: %s", self._trained, line)
+        log.info("evaluation: %s", line)
 
     async def _outcomes(self, index: int, stage: EvalStage, tasks: list[Task], temperature: float) -> Report:
         requests = [GroupRequest(index, 0, task, 1, condition=stage.condition) for task in tasks]

@@ -44,7 +44,12 @@ def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
     for e in evaluations:
         greedy = "" if e["success_greedy"] is None else f"{e['success_greedy']:.3f}"
         table.add_row(
-            e["stage"], str(e["step"]), str(e["n"]), f"{e['success']:.3f}", greedy, f"{e['mean_turns']:.2f}"
+            f"{e['stage']} {e.get('objective', '')}".strip(),
+            str(e["step"]),
+            str(e["n"]),
+            f"{e['success']:.3f}",
+            greedy,
+            f"{e['mean_turns']:.2f}",
         )
     return table
 

@@ -20,7 +20,7 @@ Aggregation = Literal["token", "sequence", "fixed_length", "sum", "turn", "turn_
 class KlConfig(Strict):
     """KL(policy || reference); estimators after http://joschu.net/blog/kl-approx.html.
 
-    place: in the loss, token by token, or taken off the reward. `final`: the coefficient moves to it in a straight line
+    place: in the loss, token by token, where the gradient of k1 is zero on average, or taken off the reward. `final`: the coefficient moves to it in a straight line
     over the stage.
     """
 
@@ -317,7 +317,9 @@ class AlgoConfig(Strict):
                 f"surrogate: {self.surrogate} needs clip_low; only cispo has no lower bound",
             ),
             (
-                self.importance is not None and self.importance.low > self.importance.high,
+                self.importance is not None
+                and self.importance.kind == "masked"
+                and self.importance.low > self.importance.high,
                 "importance.low is above importance.high: every weight would be 0",
             ),
             (

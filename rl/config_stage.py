@@ -63,6 +63,11 @@ class TrainingStage(Strict):
     param_filter: ParameterFilter | None = None
     aux_loss: AuxiliaryLoss | None = None
 
+    @property
+    def objective(self) -> str:
+        """The name of the loss where a kind of stage has several."""
+        return ""
+
 
 class SampleConfig(Strict):
     """Episodes that a stage samples for itself before each of its rounds, through the run's generators.
@@ -188,6 +193,10 @@ class PreferenceStage(PairStage):
     reference: Literal["stage_start", "last_iterate"] = "stage_start"
 
     @property
+    def objective(self) -> str:
+        return self.loss
+
+    @property
     def needs_reference(self) -> bool:
         return self.loss != "simpo"
 
@@ -207,6 +216,10 @@ class RewardModelStage(PairStage):
     kind: Literal["reward_model"]
     lr: float = Field(default=1e-5, gt=0)
     loss: Literal["last_token", "from_divergence"] = "last_token"
+
+    @property
+    def objective(self) -> str:
+        return self.loss
 
 
 class EvalStage(Strict):
@@ -247,6 +260,10 @@ class RlStage(TrainingStage):
     algo: AlgoConfig = AlgoConfig()
     horizon: HorizonConfig | None = None
     curriculum: CurriculumConfig | None = None
+
+    @property
+    def objective(self) -> str:
+        return self.algo.name
 
     @model_validator(mode="after")
     def _divides(self) -> "RlStage":

@@ -55,7 +55,7 @@ def test_metrics_have_a_line_a_step_with_the_charted_names(small_run: Run):
 
 def test_evaluations_have_the_promised_fields(small_run: Run):
     lines = read_lines(small_run.folder / "eval.jsonl")
-    assert [line["stage"] for line in lines] == ["base", "sft", "rl"]
+    assert [(line["stage"], line["objective"]) for line in lines] == [("base", ""), ("sft", ""), ("rl", "grpo")]
     for line in lines:
         assert {"step", "split", "n", "temperature", "success", "success_greedy", "mean_turns"} <= set(line)
         budget = list(line["success_by_turn_budget"].values())

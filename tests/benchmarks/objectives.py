@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rl import checkpoint
 from rl.config_file import load_config
-from rl.config_stage import EvalStage, PreferenceStage, RlStage, Stage
+from rl.config_stage import EvalStage, Stage
 from rl.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,9 +29,8 @@ PREFERENCE = {"sigmoid": "m_dpo", "kto": "m_kto"}
 
 
 def name_of(stage: Stage) -> str:
-    if isinstance(stage, RlStage):
-        return stage.algo.name
-    return PREFERENCE.get(stage.loss, stage.loss) if isinstance(stage, PreferenceStage) else stage.kind
+    objective = "" if isinstance(stage, EvalStage) else stage.objective
+    return PREFERENCE.get(objective, objective) or stage.kind
 
 
 def chosen(wanted: list[str]) -> list[Stage]:

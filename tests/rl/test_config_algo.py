@@ -150,7 +150,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"name": "gspo", "dual_clip": 3}, r"dual_clip bounds the clip surrogate, and surrogate is sequence_clip"),
     ({"clip_low": None}, r"surrogate: clip needs clip_low"),
     ({"name": "gspo", "clip_low": None}, r"surrogate: sequence_clip needs clip_low"),
-    ({**AGAIN, "importance": {"low": 3.0}}, r"importance\.low is above importance\.high"),
+    ({**AGAIN, "importance": {"kind": "masked", "low": 3.0}}, r"importance\.low is above importance\.high"),
     ({"oversample": 2}, r"oversample refills .*there are none.*Set algo\.filters"),
 ]
 
@@ -177,6 +177,7 @@ def test_every_contradiction_has_a_case_above_that_it_alone_refuses(monkeypatch)
     [
         ALONE,
         {"name": "gspo", **AGAIN, "importance": {"level": "sequence"}},
+        {**AGAIN, "importance": {"kind": "truncated", "high": 0.4}},
         {"name": "gspo", "advantage": "turn", "credit": "turn", "gamma": 0.9},
         {"name": "ppo", "advantage": "turn_gae", "credit": "turn", "group_size": 4, "normalise": "none"},
         {"name": "rloo", "mini_batches": 2, "importance": {}},
