@@ -20,8 +20,8 @@ Aggregation = Literal["token", "sequence", "fixed_length", "sum", "turn", "turn_
 class KlConfig(Strict):
     """KL(policy || reference); estimators after http://joschu.net/blog/kl-approx.html.
 
-    place: in the loss, token by token, where the gradient of k1 is zero on average, or taken off the reward. `final`: the coefficient moves to it in a straight line
-    over the stage.
+    place: in the loss, token by token, where the gradient of k1 is zero on average, or taken off the reward. `final`:
+    the coefficient moves to it in a straight line over the stage.
     """
 
     coefficient: NonNegativeFloat = 0.0
