@@ -100,6 +100,31 @@ def view(
 
 
 @app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")]) -> None:
+    """Say how a run stands, from any terminal that sees its folder.
+
+    Example:  repertory status runs/quickstart
+    """
+    from actors.run_folder import show_status
+
+    show_status(run, console)
+
+
+@app.command()
+def stop(
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")],
+    wait: Annotated[bool, typer.Option(help="Return when the run has ended.")] = True,
+) -> None:
+    """Have a run finish its step, save, and end; `train --resume` goes on. SIGTERM to `train` does the same.
+
+    Example:  repertory stop runs/quickstart
+    """
+    from actors.run_folder import stop_run
+
+    stop_run(run, console, wait=wait)
+
+
+@app.command()
 def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist, or be empty")],
     checkpoints: Annotated[

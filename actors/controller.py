@@ -21,6 +21,7 @@ from actors.learner import StepResult, What
 from actors.placement import Placement
 from actors.rl_stage import RlLoop
 from actors.role import Role
+from actors.run_folder import lock_for_writing
 from actors.status import Status
 from rl import checkpoint
 from rl.algo.schedule import learning_rate
@@ -39,17 +40,23 @@ log = logging.getLogger("repertory")
 WARM_UP_SUCCESS = 0.1
 
 
+class Stopped(Exception):
+    """Somebody wants the run to end before its last stage."""
+
+
 class Controller(Role):
     role = "controller"
 
     def __init__(self, config: Config, run: str, device: str, namespace: str, resume: bool):
         super().__init__()
         self.config, self.folder, self._device, self._namespace = config, Path(run), device, namespace
-        self._resume = checkpoint.newest(self.folder) if resume else None
+        self._lock = lock_for_writing(self.folder)
+        self._stopping = False
+        self._messages: list[str] = []
+        self._resume = checkpoint.newest(self.folder, self._messages.append) if resume else None
         self._busy: dict[str, int] = {}
         self.timing: dict[str, float] = {}
         self._latest: dict[str, float] = {}
-        self._messages: list[str] = []
         self._phase, self._stage, self._stage_step, self._stage_steps = "starting", 0, 0, 1
         self._stage_started = self._born = time.perf_counter()
         self._fraction = 0.0
@@ -61,12 +68,13 @@ class Controller(Role):
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Play the configuration's stages, from the start or from the newest checkpoint."""
+    async def run(self) -> bool:
+        """Play the configuration's stages, from the start or from the newest checkpoint. False: it was stopped."""
         await self._start()
         try:
             first = self.state.stage
             for index in range(first, len(self.config.stages)):
+                self.go_on()
                 stage = self.config.stages[index]
                 self._stage, self._stage_started = index, time.perf_counter()
                 if index > first:
@@ -85,9 +93,27 @@ class Controller(Role):
                 end = f"checkpoints/step={self.state.step}"
                 self.state = replace(self.state, stage_start=end, ends={**self.state.ends, str(index): end})
             self._phase = "done"
+        except Stopped:
+            self._phase = "stopped"
+            log.info("stopped, as asked")
         finally:
             await self._write_statuses()
             self._sinks.close()
+        return self._phase == "done"
+
+    async def stop(self) -> None:
+        """The step that runs is finished and saved, and the run ends."""
+        self._stopping = True
+        self.say("asked to stop: this step is finished and saved first")
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def go_on(self) -> None:
+        """Raises Stopped when the run is to end, at a place that a resumed run can go on from."""
+        if self._stopping:
+            raise Stopped
 
     async def _start(self) -> None:
         logs = self.folder / "logs"

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.status import Status
-from rl.config import Config
 
 _LINE_EVERY_S = 15.0
 
@@ -19,8 +18,8 @@ _LINE_EVERY_S = 15.0
 class Display:
     """A live panel on a terminal; elsewhere a line every quarter of a minute and at every new stage."""
 
-    def __init__(self, console: Console, config: Config):
-        self._console, self._config = console, config
+    def __init__(self, console: Console):
+        self._console = console
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._last_line, self._last_stage, self._said = 0.0, "", 0
 
@@ -42,10 +41,10 @@ class Display:
             return
         stage = f"{status.stage} {status.phase}"
         if stage != self._last_stage or time.monotonic() - self._last_line > _LINE_EVERY_S:
-            self._console.print(self._line(status), highlight=False, soft_wrap=True)
+            self._console.print(self.line(status), highlight=False, soft_wrap=True)
             self._last_line, self._last_stage = time.monotonic(), stage
 
-    def _line(self, s: Status) -> str:
+    def line(self, s: Status) -> str:
         return " · ".join([self._head(s), *self._facts(s)])
 
     def _head(self, s: Status) -> str:

@@ -40,7 +40,7 @@ class ExampleLoop:
         frozen = stage.sample is not None and stage.sample.policy == "stage_start" and stage.rounds > 1
         if frozen:
             await run.company.store.pin.remote(self.started_with)
-        # Saved between rounds; inside one only where a finished stage was given more steps.
+        # Saved between rounds; inside one where it was stopped, or where a finished stage was given more steps.
         first, inside = divmod(run.state.stage_step, stage.steps)
         for number in range(first, stage.rounds):
             if number and not inside:
@@ -52,6 +52,7 @@ class ExampleLoop:
                 # Neither the weights that it samples from nor the round before could be had again.
                 if not frozen and not stage.mix_previous:
                     await run.checkpoint()
+                run.go_on()
         if frozen:
             await run.company.store.unpin.remote(self.started_with)
         if isinstance(stage, RewardModelStage):
@@ -94,6 +95,16 @@ class ExampleLoop:
             if stage.rounds > 1:
                 metrics["round"] = float(number)
             run.advance(stage.kind, metrics)
+            if run.stopping and step + 1 < stage.steps:
+                if self.made_again_alike:
+                    await run.checkpoint()
+                run.go_on()
+
+    @property
+    def made_again_alike(self) -> bool:
+        """Whether a resumed run makes the round's examples, and what they are held against, as they were."""
+        of_now = isinstance(self.stage, PreferenceStage) and self.stage.reference == "last_iterate"
+        return self.stage.sample is None and not of_now
 
     # -- where examples come from --------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-import shutil
+import signal
 import socket
 import time
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.run_folder import owning, stop_is_wished, write_status
 from rl import checkpoint
 from rl.config import Config
 from rl.config_file import ConfigError, dump_config, load_config
@@ -27,25 +28,15 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
     from actors.preflight import preflight
 
     device = preflight(config, console, resume=resume)
-    folder = config.run.dir.resolve()
-    if not resume and folder.exists():
-        shutil.rmtree(folder)  # preflight saw run.overwrite
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config))
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    from actors.display import Display
-
+    folder = config.run.dir.resolve()
     try:
-        controller, finished = _start_controller(config, folder, device, resume)
-        with Display(console, config) as display:
-            while True:
-                ready, _ = ray.wait([finished], timeout=_POLL_S)
-                display.update(ray.get(controller.progress.remote()))
-                if ready:
-                    break
-        ray.get(finished)
+        with owning(folder, overwrite=not resume):  # preflight saw run.overwrite
+            (folder / "config.yaml").write_text(dump_config(config))
+            controller, finished = _start_controller(config, folder, device, resume)
+            whole = _watch(controller, finished, folder, console)
     except RayTaskError as error:
         raise ConfigError(_cause(error, folder)) from None
     except RayActorError as error:
@@ -55,6 +46,45 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
     from actors.summary import show_summary
 
     show_summary(folder, console)
+    if not whole:
+        last = checkpoint.newest(folder)
+        how = f"--resume goes on from {last.name}" if last else "there is no checkpoint yet, so start it again"
+        console.print(f"\nstopped before its end, as asked: {how}", highlight=False)
+
+
+def _watch(controller: Any, finished: Any, folder: Path, console: Console) -> bool:
+    """Show the run until it ends, and pass on that it is to stop: a file `stop`, SIGTERM, or the first Ctrl-C.
+
+    Returns whether it came to its end.
+    """
+    import ray
+
+    from actors.display import Display
+
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C ends it at once
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    told = False
+    try:
+        with Display(console) as display:
+            while True:
+                ready, _ = ray.wait([finished], timeout=_POLL_S)
+                status = ray.get(controller.progress.remote())
+                write_status(folder, status)
+                display.update(status)
+                if ready:
+                    return ray.get(finished)
+                if not told and (asked or stop_is_wished(folder)):
+                    told = True
+                    controller.stop.remote()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start_controller(config: Config, folder: Path, device: str, resume: bool) -> tuple[Any, Any]:

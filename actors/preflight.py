@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.footprint import Size, model_size
+from actors.run_folder import refuse_owned
 from rl import checkpoint
 from rl.config import Config
 from rl.config_file import ConfigError
@@ -28,6 +29,7 @@ def preflight(config: Config, console: Console, *, resume: bool) -> str:
 
 def check_run_folder(config: Config, resume: bool) -> None:
     folder = config.run.dir
+    refuse_owned(folder)
     if resume:
         if checkpoint.newest(folder) is None:
             raise ConfigError(f"--resume: {folder} holds no complete checkpoint to go on from")

@@ -60,8 +60,10 @@ class RlLoop:
             self.pool = await make_pool(run, self.index, stage.curriculum)
         for step in range(run.state.stage_step, stage.steps):
             await self.step(step)
-            if stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0 and step + 1 < stage.steps:
+            due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
+            if (due or run.stopping) and step + 1 < stage.steps:
                 await run.checkpoint()
+                run.go_on()
         await run.checkpoint()
 
     async def step(self, step: int) -> None:

@@ -1,18 +1,29 @@
-"""Checkpoints on disk: complete or absent, the newest complete one found, old ones pruned.
+"""Checkpoints on disk: complete or absent, the newest undamaged one found, old ones pruned.
 
     checkpoints/step=N/   config.json model.safetensors tokenizer...   plain transformers and plain vLLM load it
                           learner/                                     each rank's optimizer state
                           repertory.yaml  state.json                   the run's configuration, and where it stood
+                          files.json                                   size and checksum of every other file
     checkpoints/latest    a link to the newest
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import xxhash
+
+_FULL = 1 << 20
+"""A disk with fewer bytes free than this is full: torch's writer says only that it failed."""
+
+
+class DiskFull(OSError):
+    """There was no room for a checkpoint. Those before it are intact."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,10 @@ class State:
 
 @contextmanager
 def writing(run: Path, step: int) -> Iterator[Path]:
-    """A temporary folder that becomes checkpoints/step=N, whole, when the block ends without an error."""
+    """A temporary folder that becomes checkpoints/step=N, whole, when the block ends without an error.
+
+    Raises DiskFull when the disk is what the block failed on.
+    """
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     partial, final = root / f".step={step}.partial", root / f"step={step}"
@@ -43,9 +57,18 @@ def writing(run: Path, step: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        _seal(partial)
         _fsync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(root).free < _FULL:
+            last = max(_found(run), key=_step, default=None)
+            raise DiskFull(
+                f"the disk of {run} is full: the checkpoint of step {step} was not written, the last one is "
+                f"{last.name if last else 'none'}. Free some space and go on with --resume"
+            ) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     link = root / ".latest"
@@ -63,18 +86,60 @@ def read_state(folder: Path) -> State:
     return State(**json.loads((folder / "state.json").read_text()))
 
 
-def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = [p for p in (run / "checkpoints").glob("step=*") if (p / "state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.partition("=")[2]), default=None)
+def newest(run: Path, say: Callable[[str], None] = lambda message: None) -> Path | None:
+    """The newest checkpoint of a run that is as it was written. `say` is told of each damaged one passed over."""
+    for folder in sorted(_found(run), key=_step, reverse=True):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        say(f"checkpoint {folder.name} is damaged, and passed over: {wrong}")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        written = json.loads((folder / "files.json").read_text())
+    except (OSError, ValueError):
+        return "files.json is missing or no JSON"
+    for name, (size, digest) in written.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _digest(path) != digest:
+            return f"{name} does not have the checksum that it was written with"
+    return None
 
 
 def prune(run: Path, keep: int, spared: Collection[str] = ()) -> None:
     """Delete all but the newest `keep` checkpoints, and those named in `spared`."""
-    found = sorted((run / "checkpoints").glob("step=*"), key=lambda p: int(p.name.partition("=")[2]))
-    for folder in found[:-keep]:
+    for folder in sorted(_found(run), key=_step)[:-keep]:
         if folder.name not in spared:
             shutil.rmtree(folder)
+
+
+def _found(run: Path) -> list[Path]:
+    return [p for p in (run / "checkpoints").glob("step=*") if p.is_dir()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("=")[2])
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listed = {str(p.relative_to(folder)): (p.stat().st_size, _digest(p)) for p in files}
+    (folder / "files.json").write_text(json.dumps(listed, indent=1))
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _fsync(folder: Path) -> None:

@@ -41,16 +41,26 @@ class Run:
     output: str
 
 
-def repertory(*arguments: str, timeout: int = 400) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it, with this folder's modules importable."""
+COMMAND = str(Path(sys.executable).parent / "repertory")
+
+
+def environment() -> dict[str, str]:
+    """With this folder's modules importable."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
+
+
+def repertory(*arguments: str, timeout: int = 400) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
     return subprocess.run(
-        [str(Path(sys.executable).parent / "repertory"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        [COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment()
+    )
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """The command, going on beside the test; both its outputs are one."""
+    return subprocess.Popen(
+        [COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment()
     )
 
 

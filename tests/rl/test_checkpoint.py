@@ -1,10 +1,13 @@
 """A checkpoint is complete or absent, and the newest complete one is always found."""
 
+import errno
 import os
+import re
+import subprocess
 
 import pytest
 
-from rl.checkpoint import State, newest, prune, read_state, write_state, writing
+from rl.checkpoint import DiskFull, State, newest, prune, read_state, write_state, writing
 
 STATE = State(stage=1, stage_step=4, step=9, version=5, cursor=128, stage_start="step=5", ends={"0": "step=5"})
 
@@ -71,12 +74,57 @@ def test_writing_a_step_again_replaces_it(tmp_path):
     assert names(tmp_path) == ["latest", "step=4"]
 
 
-def test_newest_goes_by_number_and_wants_a_state(tmp_path):
+def test_newest_goes_by_number_and_wants_a_whole_one(tmp_path):
     assert newest(tmp_path) is None
     for step in (9, 100, 20):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "step=200").mkdir()  # a folder that a copy left half done
     assert newest(tmp_path).name == "step=100"
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda f: (f / "learner" / "model.bin").unlink(), r"learner/model\.bin is missing"),
+        (lambda f: (f / "learner" / "model.bin").write_text("weig"), r"learner/model\.bin has 4 bytes of 7"),
+        (lambda f: (f / "learner" / "model.bin").write_text("weighty"), r".*model\.bin does not have the checksum"),
+        (lambda f: (f / "state.json").write_text(""), r"state\.json has 0 bytes"),
+        (lambda f: (f / "files.json").write_text("{"), r"files\.json is missing or no JSON"),
+        (lambda f: (f / "files.json").unlink(), r"files\.json is missing or no JSON"),
+    ],
+)
+def test_a_damaged_one_is_named_and_passed_over_for_the_one_before(tmp_path, harm, says):
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    harm(tmp_path / "checkpoints" / "step=9")
+    told = []
+    assert newest(tmp_path, told.append).name == "step=4"
+    assert len(told) == 1 and re.match(rf"checkpoint step=9 is damaged, and passed over: {says}", told[0])
+    save(tmp_path, 9)
+    assert newest(tmp_path, told.append).name == "step=9" and len(told) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting takes root")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("torch: unexpected pos 512 vs 400")])
+def test_a_full_disk_is_said_and_the_last_one_is_intact(small_disk, error):
+    save(small_disk, 4)
+    says = r"full: the checkpoint of step 9 was not written, the last one is step=4\. Free"
+    with pytest.raises(DiskFull, match=says), writing(small_disk, 9) as folder:
+        try:
+            (folder / "much").write_bytes(b"x" * (2 << 20))
+        except OSError:
+            raise error or OSError(errno.ENOSPC, "No space left on device") from None
+    assert names(small_disk) == ["latest", "step=4"]
+    assert newest(small_disk).name == "step=4"
 
 
 def test_prune_keeps_the_newest_and_the_spared(tmp_path):

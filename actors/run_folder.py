@@ -1,0 +1,162 @@
+"""A run's folder: who owns it, how the run stands, and the wish that it stop. Files only, so that any terminal can ask.
+
+owner.lock     locked by the process that trains, for as long as it lives; says which that is
+writer.lock    locked by the controller
+status.json    what the progress display shows, twice a second
+stop           somebody wants the run to save and end
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from actors.display import Display
+from actors.status import Status
+from rl.config_file import ConfigError
+
+_KEPT = ("owner.lock", "writer.lock")
+_WRITER_WAIT_S = 60.0
+_POLL_S = 0.5
+
+
+@contextmanager
+def owning(folder: Path, *, overwrite: bool) -> Iterator[None]:
+    """Make the run's folder, or take it over, and be its only trainer inside the block.
+
+    overwrite: delete what is in it. Raises ConfigError when another process owns it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "owner.lock").open("a+") as file:
+        if not _lock(file):
+            raise ConfigError(_owned(folder))
+        if overwrite:
+            for path in folder.iterdir():
+                if path.name not in _KEPT:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / "stop").unlink(missing_ok=True)
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        file.flush()
+        yield
+
+
+def refuse_owned(folder: Path) -> None:
+    """Raises ConfigError when a process trains in the folder."""
+    if is_owned(folder):
+        raise ConfigError(_owned(folder))
+
+
+def is_owned(folder: Path) -> bool:
+    path = folder / "owner.lock"
+    if not path.is_file():
+        return False
+    with path.open("a+") as file:
+        return not _lock(file)
+
+
+def _owned(folder: Path) -> str:
+    who = owner(folder)
+    return (
+        f"{folder} is being trained by process {who.get('pid')} on {who.get('host')}: look at it with `repertory "
+        f"status {folder}`, end it with `repertory stop {folder}`, or choose another run.name"
+    )
+
+
+def owner(folder: Path) -> dict[str, Any]:
+    """host, pid and since (seconds since the epoch) of who owns the folder, or did last; {} when nobody has."""
+    try:
+        return json.loads((folder / "owner.lock").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def lock_for_writing(folder: Path) -> IO[str]:
+    """The controller's own lock, held until its process ends: the controller of a killed run may outlive it a moment.
+
+    Raises TimeoutError after a minute.
+    """
+    file = (folder / "writer.lock").open("a+")
+    deadline = time.monotonic() + _WRITER_WAIT_S
+    while not _lock(file):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another controller still writes to {folder}: its run was ended, and it was not")
+        time.sleep(0.2)
+    return file
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# -- how it stands ----------------------------------------------------------------------------------------------------
+
+
+def write_status(folder: Path, status: Status) -> None:
+    partial = folder / ".status.json"
+    partial.write_text(json.dumps(asdict(status)))
+    partial.rename(folder / "status.json")
+
+
+def read_status(folder: Path) -> Status | None:
+    """How the run stands, or stood when it ended. None before it first said."""
+    path = folder / "status.json"
+    if not path.is_file():
+        return None
+    data = json.loads(path.read_text())
+    return Status(**{**data, "busy": tuple(data["busy"]), "messages": tuple(data["messages"])})
+
+
+def show_status(folder: Path, console: Console) -> None:
+    """Whether the run goes on, since when and where, and the line of its progress display.
+
+    Raises ConfigError when no run ever was there.
+    """
+    running, status = _running(folder), read_status(folder)
+    who = owner(folder)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
+    if running:
+        console.print(f"{folder} is being trained by process {who['pid']} on {who['host']} since {since}")
+    else:
+        phase = status.phase if status else "starting"
+        how = {"done": "is done", "stopped": "was stopped"}.get(phase, "ended before its end: --resume goes on")
+        console.print(f"{folder} {how}; last started {since}")
+    if status is not None:
+        console.print(Display(console).line(status), highlight=False, soft_wrap=True)
+        for message in status.messages:
+            console.print(f"! {message}", highlight=False, soft_wrap=True, markup=False)
+
+
+def stop_run(folder: Path, console: Console, *, wait: bool) -> None:
+    """Ask the run to save and end, and wait for that. Raises ConfigError when nobody trains there."""
+    if not _running(folder):
+        raise ConfigError(f"nobody trains in {folder}: `repertory status {folder}` says how it ended")
+    (folder / "stop").touch()
+    if wait:
+        with console.status(f"waiting for {folder} to finish its step and save"):
+            while is_owned(folder):
+                time.sleep(_POLL_S)
+        show_status(folder, console)
+
+
+def _running(folder: Path) -> bool:
+    if not (folder / "owner.lock").is_file():
+        raise ConfigError(f"{folder} is no run folder")
+    return is_owned(folder)
+
+
+def stop_is_wished(folder: Path) -> bool:
+    return (folder / "stop").exists()

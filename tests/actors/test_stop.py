@@ -1,0 +1,90 @@
+"""A run that is stopped and resumed is the run that was not; and a folder has one owner."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, Run, repertory, started
+from safetensors.torch import load_file
+
+from actors.run_folder import read_status
+from actors.status import Status
+from rl.metrics import read_lines
+from rl.trajectory import read_parquet
+
+CONFIG = "configs/quickstart.yaml"
+
+
+def wait_until(folder: Path, process: subprocess.Popen[str], reached: Callable[[Status], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        status = read_status(folder)
+        if status is not None and reached(status):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"never reached; the last status: {read_status(folder)}")
+
+
+@pytest.fixture(scope="module")
+def stopped_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The session's small run once more, ended in its sft stage by `repertory stop` and in its rl stage by SIGTERM."""
+    root = tmp_path_factory.mktemp("stopped")
+    folder, told = root / "small", []
+    settings = [CONFIG, f"run.root={root}", "run.name=small", *SMALL]
+
+    first = started("train", *settings)
+    wait_until(folder, first, lambda s: s.kind == "sft" and s.stage_step > 0)
+    second = repertory("train", *settings, "run.overwrite=true")
+    status = repertory("status", str(folder))
+    stop = repertory("stop", str(folder))
+    assert (second.returncode, status.returncode, stop.returncode) == (2, 0, 0), second.stdout + stop.stderr
+    told += [first.communicate(timeout=60)[0], second.stderr, status.stdout, stop.stdout]
+    assert first.returncode == 0
+
+    resumed = started("train", *settings, "--resume")
+    wait_until(folder, resumed, lambda s: s.kind == "rl" and s.stage_step > 0)
+    resumed.send_signal(signal.SIGTERM)
+    told.append(resumed.communicate(timeout=60)[0])
+    assert resumed.returncode == 0, told[-1]
+
+    last = repertory("train", *settings, "--resume")
+    assert last.returncode == 0, last.stdout + last.stderr
+    told += [last.stdout, repertory("status", str(folder)).stdout]
+    return folder, told
+
+
+def test_it_says_what_happened(stopped_twice):
+    _, (first, second, status, stop, resumed, last, done) = stopped_twice
+    for output in (first, resumed):
+        assert "asked to stop: this step is finished and saved first" in output
+        assert "stopped before its end, as asked: --resume goes on from step=" in output
+    assert "is being trained by process" in second and "repertory stop" in second
+    assert "is being trained by process" in status and "sft step" in status
+    assert "was stopped" in stop
+    assert "resumed from step=" in last and "stopped before" not in last
+    assert "is done" in done
+
+
+def test_every_step_is_there_once_and_time_goes_on(stopped_twice):
+    lines = read_lines(stopped_twice[0] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, 16)]
+    times = [line["time_s"] for line in lines]
+    assert times == sorted(times)
+    versions = [line["version"] for line in lines]
+    assert versions == sorted(versions), "a version is never used again"
+
+
+def test_it_sampled_and_learned_what_the_run_that_was_not_stopped_did(stopped_twice, small_run: Run):
+    for step in range(3):
+        name = f"trajectories/rl-03-{step:05d}.parquet"
+        ours, theirs = (read_parquet(folder / name) for folder in (stopped_twice[0], small_run.folder))
+        assert [row["task"] for row in ours] == [row["task"] for row in theirs]
+        assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(ours, theirs, strict=True))
+    last = "checkpoints/latest/model.safetensors"
+    ours, theirs = (load_file(folder / last) for folder in (stopped_twice[0], small_run.folder))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
