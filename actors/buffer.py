@@ -55,6 +55,14 @@ class Played:
     """Seconds in reward calls, summed; they run while other groups are still being played."""
 
 
+@dataclass
+class _Tally:
+    """What a call of `play` counts while its groups are played."""
+
+    replayed: int = 0
+    reward_s: float = 0.0
+
+
 class Buffer(Role):
     role = "buffer"
 
@@ -63,7 +71,6 @@ class Buffer(Role):
         self._workers, self._rewards = list(workers), list(rewards)
         self._next_worker = itertools.cycle(range(len(self._workers)))
         self._next_reward = itertools.cycle(range(len(self._rewards)))
-        self._replayed, self._reward_s = 0, 0.0
         self.progress = (0, 0)
 
     async def play(self, requests: Sequence[GroupRequest], sampling: Sampling) -> Played:
@@ -72,27 +79,27 @@ class Buffer(Role):
         Raises LostGroup when the same group is lost to failures of ours more than the budget allows.
         """
         self._calls["play"] += 1
-        self._replayed, self._reward_s = 0, 0.0
         self.progress = (0, len(requests))
-        results = await asyncio.gather(*(self._group(r, sampling) for r in requests))
+        tally = _Tally()
+        results = await asyncio.gather(*(self._group(r, sampling, tally) for r in requests))
         groups = [r for r in results if isinstance(r, Group)]
         dropped = [r for r in results if isinstance(r, tuple)]
-        return Played(groups, dropped, self._replayed, self._reward_s)
+        return Played(groups, dropped, tally.replayed, tally.reward_s)
 
-    async def _group(self, request: GroupRequest, sampling: Sampling) -> Group | tuple[str, str]:
+    async def _group(self, request: GroupRequest, sampling: Sampling, tally: "_Tally") -> Group | tuple[str, str]:
         for attempt in range(_INFRA_BUDGET):
             worker = self._workers[next(self._next_worker)]
             try:
                 summaries, episodes, trajectories = worker.play.options(num_returns=3).remote(request, sampling)
                 known = await summaries
-                scores = await self._score(episodes)
+                scores = await self._score(episodes, tally)
             except RayActorError:  # INFRA: a process of ours died
-                self._replayed += 1
+                tally.replayed += 1
                 await asyncio.sleep(random.uniform(0.5, 1.5) * 2**attempt)
                 continue
             except RayTaskError as error:
                 if isinstance(error.cause, RayActorError):  # a generator died under the worker
-                    self._replayed += 1
+                    tally.replayed += 1
                     continue
                 return request.task.id, f"{type(error.cause).__name__}: {error.cause}"  # DATA
             self.progress = (self.progress[0] + 1, self.progress[1])
@@ -101,11 +108,11 @@ class Buffer(Role):
             f"the group of task {request.task.id!r} was lost {_INFRA_BUDGET} times to dying processes; see logs/"
         )
 
-    async def _score(self, episodes: Any) -> list[Score]:
+    async def _score(self, episodes: Any, tally: "_Tally") -> list[Score]:
         reward = self._rewards[next(self._next_reward)]
         started = time.perf_counter()
         scores = await reward.score.remote(episodes)
-        self._reward_s += time.perf_counter() - started
+        tally.reward_s += time.perf_counter() - started
         return scores
 
     async def demonstrations(

@@ -125,6 +125,20 @@ def stop(
 
 
 @app.command()
+def audit(run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")]) -> None:
+    """Prove from a run's folder that its rl stages consumed every task that they drew exactly once.
+
+    Reads what became of each group (consumed.jsonl), what is under way in the newest checkpoint, and the episodes that
+    were trained on (trajectories/). Exits with 1 when something was lost or counted twice.
+
+    Example:  repertory audit runs/quickstart
+    """
+    from actors.audit import show_audit
+
+    raise typer.Exit(0 if show_audit(run, console) else 1)
+
+
+@app.command()
 def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist, or be empty")],
     checkpoints: Annotated[

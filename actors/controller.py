@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from actors.buffer import Group, Played
 from actors.company import Company
@@ -78,7 +79,7 @@ class Controller(Role):
                 stage = self.config.stages[index]
                 self._stage, self._stage_started = index, time.perf_counter()
                 if index > first:
-                    self.state = replace(self.state, stage=index, stage_step=0)
+                    self.state = replace(self.state, stage=index, stage_step=0, under_way={})
                 self._phase = stage.kind
                 self._stage_step, self._fraction = self.state.stage_step, 0.0
                 if isinstance(stage, EvalStage):
@@ -192,6 +193,11 @@ class Controller(Role):
             raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1][1]}")
         return played
 
+    async def play_one(self, request: GroupRequest, temperature: float) -> Played:
+        """One group; others are played meanwhile."""
+        sampling = Sampling(temperature=temperature, max_tokens=self.config.rollout.max_turn_tokens)
+        return await self.company.buffer.play.remote([request], sampling)
+
     async def begin(self, index: int, stage: TrainingStage) -> None:
         """The weights to start with and a fresh optimizer, unless the stage goes on from a checkpoint inside it."""
         resume = str(self._resume) if self.state.stage_step > 0 else None
@@ -270,6 +276,12 @@ class Controller(Role):
         }
         self._sinks.metrics(line)
         self._latest = metrics
+
+    def consume(self, groups: list[dict[str, Any]]) -> None:
+        """Keep account of the groups that the step which is about to advance has taken."""
+        s = self.state
+        place = {"stage_index": s.stage, "step": s.step + 1, "stage_step": s.stage_step + 1}
+        self._sinks.consumed({**place, "groups": groups})
 
     def lr(self, stage: TrainingStage, step: int) -> float:
         return learning_rate(

@@ -74,7 +74,7 @@ def _watch(controller: Any, finished: Any, folder: Path, console: Console) -> bo
         with Display(console) as display:
             while True:
                 ready, _ = ray.wait([finished], timeout=_POLL_S)
-                status = ray.get(controller.progress.remote())
+                status: Any = ray.get(controller.progress.remote())
                 write_status(folder, status)
                 display.update(status)
                 if ready:

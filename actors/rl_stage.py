@@ -1,8 +1,11 @@
 """An rl stage: sample groups, filter, credit, learn, publish; step after step.
 
-draw tasks ──► play ──► filter ──► score (reference, proximal, values) ──► credit ──► learner ──► publish ──┐
-   ▲             │ refill                                                                                   │
-   └─────────────┴────────────────────────── next step ◄────────────────────────────────────────────────────┘
+producer ──► filter ──► score (reference, proximal, values) ──► credit ──► learner ──► publish ──┐
+   ▲            │ refill, once more                                                              │
+   └────────────┴────────────────────────── next step ◄──────────────────────────────────────────┘
+
+max_staleness 0: a step waits for all of its groups. k: the producer has the next steps' groups played meanwhile
+(actors/producer.py), and the generators take new weights in the middle of episodes.
 """
 
 import asyncio
@@ -10,11 +13,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from actors.buffer import Group
+from actors.buffer import Group, Played
 from actors.learner_batch import RlBatch
+from actors.producer import Place, Producer
 from rl.algo.filter import Verdict, judge
 from rl.algo.schedule import coefficient, curriculum_order, draw, horizon, open_tasks
 from rl.batch import mini_batches
@@ -31,15 +35,42 @@ if TYPE_CHECKING:
 
 @dataclass
 class Gathered:
-    """What a step's sampling came to. Groups that the filters took whole are in `played` only."""
+    """What a step's sampling came to. Groups that the filters took whole are in `played` only.
 
-    played: list[Group] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
+    `groups` and `verdicts`: of those that are trained on, in the order in which they were drawn.
+    """
+
+    played: dict[Place, Group] = field(default_factory=dict)
+    trained: dict[Place, Verdict] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     greedy: dict[str, float] = field(default_factory=dict)
     dropped: int = 0
     replayed: int = 0
+    stale: int = 0
+    ends: list[tuple[Place, str]] = field(default_factory=list)
+    """What became of each group: trained, filtered, dropped, or stale, which is played once more."""
+    reward_s: float = 0.0
+    cause: str = ""
+
+    @property
+    def groups(self) -> list[Group]:
+        return [self.played[place] for place in sorted(self.trained)]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [self.trained[place] for place in sorted(self.trained)]
+
+    @property
+    def all(self) -> list[Group]:
+        return [self.played[place] for place in sorted(self.played)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A group that was played, or why not; greedy: the reward of its greedy episode, where that is the baseline."""
+
+    played: Played
+    greedy: float | None = None
 
 
 class RlLoop:
@@ -50,6 +81,13 @@ class RlLoop:
         self.temperature = run.config.rollout.temperature
         self.tasks = TaskStream(run.world.source, "train", run.state.cursor)
         self.pool: Pool | None = None
+        self.producer: Producer[Result] = Producer(
+            self.play,
+            self.draw,
+            size=stage.tasks_per_step,
+            budget=math.floor(self.algo.oversample * stage.tasks_per_step),
+            staleness=stage.max_staleness,
+        )
 
     async def train(self) -> None:
         run, stage = self.run, self.stage
@@ -58,12 +96,17 @@ class RlLoop:
             await run.company.freeze(run.reference_path())
         if stage.curriculum:
             self.pool = await make_pool(run, self.index, stage.curriculum)
-        for step in range(run.state.stage_step, stage.steps):
-            await self.step(step)
-            due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
-            if (due or run.stopping) and step + 1 < stage.steps:
-                await run.checkpoint()
-                run.go_on()
+        if run.state.under_way:
+            self.producer.restore(run.state.under_way, run.state.version)
+        try:
+            for step in range(run.state.stage_step, stage.steps):
+                await self.step(step)
+                due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
+                if (due or run.stopping) and step + 1 < stage.steps:
+                    await run.checkpoint()
+                    run.go_on()
+        finally:
+            await self.producer.close()
         await run.checkpoint()
 
     async def step(self, step: int) -> None:
@@ -79,56 +122,88 @@ class RlLoop:
                 path = run.folder / "trajectories" / f"rl-{self.index:02d}-{step:05d}.parquet"
                 written = asyncio.ensure_future(run.company.buffer.write.remote(str(path), gathered.groups, means))
                 total, credited = await self.learn(gathered, columns, step)
-            run.state = replace(run.state, cursor=self.tasks.cursor)
+            run.state = replace(run.state, cursor=self.tasks.cursor, under_way=self.producer.state())
             await run.publish()
             if written is not None:
                 await written
         self.report(gathered, total, credited, step)
         if step % 10 == 0:
-            await run.show_episodes(gathered.played)
+            await run.show_episodes(gathered.all)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
     async def gather(self, step: int) -> Gathered:
         """Groups to train on, at most tasks_per_step; drawn again, within `oversample`, for those that filters took."""
-        wanted, found = self.stage.tasks_per_step, Gathered()
-        drawable = math.floor(self.algo.oversample * wanted)
-        while len(found.groups) < wanted and drawable > 0:
-            tasks = self.next_tasks(step, min(wanted - len(found.groups), drawable), len(found.played))
-            drawable -= len(tasks)
-            await self.play(step, tasks, found)
+        run, wanted, found = self.run, self.stage.tasks_per_step, Gathered()
+        version = run.state.version
+        with run.timed("generate"), run.working("generator"):
+            self.producer.open(min(step + self.producer.ahead, self.stage.steps - 1), version)
+            while len(found.trained) < wanted:
+                taken = await self.producer.take(step, version, wanted - len(found.trained))
+                if taken is None:
+                    break
+                self.judge(*taken, found, version)
+        if found.dropped and not found.played:
+            raise ValueError(f"every task of the step failed; the last one: {found.cause}")
+        run.timing["reward"] = run.timing.get("reward", 0.0) + found.reward_s
         return found
 
-    def next_tasks(self, step: int, count: int, before: int) -> list[Task]:
-        if self.pool is None:
-            return self.tasks.next(count)
-        return self.pool.next(step, self.stage.steps, count, before)
-
-    async def play(self, step: int, tasks: Sequence[Task], found: Gathered) -> None:
-        run, stage = self.run, self.stage
-        turns = horizon(step, every=stage.horizon.every, turns=stage.horizon.turns) if stage.horizon else None
-        requests = [GroupRequest(self.index, step, t, self.algo.group_size, max_turns=turns) for t in tasks]
-        played = await run.play(requests, self.temperature)
-        found.dropped += len(played.dropped)
+    def judge(self, place: Place, result: "Result", found: Gathered, version: int) -> None:
+        """Take a finished group into the step's, have its task played once more, or draw another in its place."""
+        played = result.played
         found.replayed += played.replayed
-        if self.algo.baseline == "greedy":
-            alone = [replace(request, samples=1) for request in requests]
-            greedy = await run.play(alone, 0.0)
-            found.greedy |= {g.request.task.id: g.scores[0].total for g in greedy.groups}
-        for group in played.groups:
-            if self.algo.baseline == "greedy" and group.request.task.id not in found.greedy:
-                continue
-            verdict = judge(
-                self.algo.filters,
-                rewards=[s.total for s in group.scores],
-                successes=[s.success for s in group.scores],
-                flags=[s.flags for s in group.summaries],
-            )
-            found.played.append(group)
-            found.taken.update(verdict.taken)
-            if not verdict.empty:
-                found.groups.append(group)
-                found.verdicts.append(verdict)
+        found.reward_s += played.reward_s
+        if not played.groups or (self.algo.baseline == "greedy" and result.greedy is None):
+            task, found.cause = played.dropped[-1] if played.dropped else ("", "its greedy episode failed")
+            self.run.say(f"dropped task {task}: {found.cause}")
+            found.dropped += 1
+            found.ends.append((place, "dropped"))
+            self.producer.refill(place.slot, version)
+            return
+        group = played.groups[0]
+        if max(staleness(group, version), default=0) > self.stage.max_staleness:
+            found.stale += 1
+            found.ends.append((place, "stale"))
+            self.producer.again(place, version)
+            return
+        verdict = judge(
+            self.algo.filters,
+            rewards=[s.total for s in group.scores],
+            successes=[s.success for s in group.scores],
+            flags=[s.flags for s in group.summaries],
+        )
+        found.taken.update(verdict.taken)
+        found.played[place] = group
+        found.ends.append((place, "filtered" if verdict.empty else "trained"))
+        if verdict.empty:
+            self.producer.refill(place.slot, version)
+            return
+        found.trained[place] = verdict
+        if result.greedy is not None:
+            found.greedy[group.request.task.id] = result.greedy
+
+    async def play(self, place: Place) -> "Result":
+        """One group, and the greedy episode that it is held against."""
+        run, stage = self.run, self.stage
+        turns = horizon(place.slot, every=stage.horizon.every, turns=stage.horizon.turns) if stage.horizon else None
+        request = GroupRequest(
+            self.index, place.slot, self.task(place.index), self.algo.group_size, place.attempt, max_turns=turns
+        )
+        played = run.play_one(request, self.temperature)
+        if self.algo.baseline != "greedy":
+            return Result(await played)
+        both = await asyncio.gather(played, run.play_one(replace(request, samples=1), 0.0))
+        greedy = both[1].groups
+        return Result(both[0], greedy[0].scores[0].total if greedy else None)
+
+    def draw(self, slot: int, count: int, before: int) -> list[int]:
+        """Indices of a slot's next tasks: in the pool, or in the stream of all."""
+        if self.pool is not None:
+            return self.pool.next(slot, self.stage.steps, count, before)
+        return [self.tasks.skip() for _ in range(count)]
+
+    def task(self, index: int) -> Task:
+        return self.tasks.at(index) if self.pool is None else self.pool.tasks[index]
 
     # -- credit and learning -------------------------------------------------------------------------------------
 
@@ -206,31 +281,44 @@ class RlLoop:
 
     def report(self, found: Gathered, total: Sums, mismatch: dict[str, float], step: int) -> None:
         run, stage = self.run, self.stage
-        sampled = sum(s.sampled_tokens for g in found.played for s in g.summaries)
-        stale = [run.state.version - 1 - s.oldest_version for g in found.played for s in g.summaries]
-        episodes = max(1, sum(len(g.scores) for g in found.played))
+        played = found.all
+        sampled = sum(s.sampled_tokens for g in played for s in g.summaries)
+        stale = [behind for g in played for behind in staleness(g, run.state.version - 1)]
+        episodes = max(1, sum(len(g.scores) for g in played))
+        under_way, finished = self.producer.depths
         metrics = {
-            **rollout_metrics([(g.summaries, g.scores) for g in found.played]),
+            **rollout_metrics([(g.summaries, g.scores) for g in played]),
             **to_metrics(total),
             **mismatch,
             "actor/lr": run.lr(stage, step),
             "perf/tokens_per_second": sampled / run.timing["step"],
             "staleness/mean": sum(stale) / max(1, len(stale)),
+            "staleness/max": float(max(stale, default=0)),
+            "staleness/dropped_groups": float(found.stale),
+            "queue/groups_played": float(under_way),
+            "queue/groups_finished": float(finished),
             "faults/data": float(found.dropped),
             "faults/infra": float(found.replayed),
         }
         if self.algo.filters:
             metrics |= {f"filter/{f.name}": found.taken[f.name] / episodes for f in self.algo.filters}
             trained = sum(sum(v.trained) for v in found.verdicts)
-            metrics |= {"filter/trained": trained / episodes, "filter/drawn_groups": float(len(found.played))}
+            metrics |= {"filter/trained": trained / episodes, "filter/drawn_groups": float(len(played))}
         if self.algo.kl.used:
             metrics["actor/kl_coefficient"] = self.kl_coefficient(step)
         if stage.horizon:
             metrics["curriculum/max_turns"] = float(horizon(step, every=stage.horizon.every, turns=stage.horizon.turns))
         if self.pool:
             metrics["curriculum/open_tasks"] = float(self.pool.open(step, stage.steps))
+        ends = [{**asdict(place), "task": self.task(place.index).id, "end": end} for place, end in sorted(found.ends)]
+        run.consume(ends)
         run.advance(stage.kind, metrics)
         run.warn_of_short_warm_up(step)
+
+
+def staleness(group: Group, version: int) -> list[int]:
+    """How far each episode's oldest token is behind a version; none for an episode that sampled nothing."""
+    return [version - s.oldest_version for s in group.summaries if s.oldest_version >= 0]
 
 
 @dataclass(frozen=True)
@@ -244,10 +332,9 @@ class Pool:
     def open(self, step: int, steps: int) -> int:
         return open_tasks(step, total=steps, parts=self.parts, count=len(self.tasks))
 
-    def next(self, step: int, steps: int, count: int, before: int) -> list[Task]:
-        """`count` tasks of this step after `before` others: a pure function of the step."""
-        drawn = draw(step, tasks=before + count, open_count=self.open(step, steps), seed=self.seed)
-        return [self.tasks[i] for i in drawn[before:]]
+    def next(self, step: int, steps: int, count: int, before: int) -> list[int]:
+        """Indices of `count` tasks of this step after `before` others: a pure function of the step."""
+        return list(draw(step, tasks=before + count, open_count=self.open(step, steps), seed=self.seed))[before:]
 
 
 async def make_pool(run: "Controller", index: int, config: CurriculumConfig) -> Pool:

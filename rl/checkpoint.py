@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -32,7 +33,8 @@ class State:
 
     A finished stage stands at its last step, so that a resumed run may be given more steps of it. stage_start: the
     checkpoint folder (relative to the run) that the stage started from; "" is the initial model. ends: those that the
-    finished stages ended with, by index.
+    finished stages ended with, by index. under_way: the groups that were drawn and not trained on yet
+    (actors/producer.py).
     """
 
     stage: int
@@ -42,6 +44,7 @@ class State:
     cursor: int
     stage_start: str = ""
     ends: dict[str, str] = field(default_factory=dict)
+    under_way: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager

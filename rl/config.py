@@ -250,6 +250,11 @@ class Config(Strict):
                         f"stages[{index}].start: {stage.start} is not a stage before it that trains. Those are: "
                         f"{', '.join(map(str, earlier)) or 'none'}"
                     )
+            if isinstance(stage, RlStage) and stage.max_staleness and self.placement.time_share:
+                raise ValueError(
+                    f"stages[{index}].max_staleness has the generators play while the learner learns, and "
+                    "placement.time_share has them take turns: use one of both"
+                )
         trains_rewards = [i for i, stage in enumerate(self.stages) if isinstance(stage, RewardModelStage)]
         if self.reward.model == "trained" and not trains_rewards:
             raise ValueError("reward.model is `trained`, and no stage is a reward_model: add one, or give a folder")

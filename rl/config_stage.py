@@ -256,6 +256,9 @@ class CurriculumConfig(Strict):
 class RlStage(TrainingStage):
     kind: Literal["rl"]
     tasks_per_step: PositiveInt = 32
+    max_staleness: NonNegativeInt = 0
+    """How many versions behind the learner's the oldest token of an episode may be. 0: synchronous; 1: one step off; k:
+    the generators go on while the learner learns. What is staler is played again."""
     checkpoint_every: NonNegativeInt = 0
     algo: AlgoConfig = AlgoConfig()
     horizon: HorizonConfig | None = None
@@ -272,6 +275,11 @@ class RlStage(TrainingStage):
             raise ValueError(
                 f"a batch of {self.tasks_per_step} tasks x {self.algo.group_size} samples = {episodes} episodes does "
                 f"not divide into algo.mini_batches = {self.algo.mini_batches}"
+            )
+        if self.max_staleness and self.algo.surrogate == "reinforce" and self.algo.importance is None:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, and the reinforce surrogate takes every token for on-policy. "
+                "Use 0, a surrogate with a ratio (clip, cispo), or set algo.importance"
             )
         return self
 

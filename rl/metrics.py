@@ -70,6 +70,10 @@ class Sinks:
             values = {f"eval/{k}": line[k] for k in names}
             self._wandb.log(values, step=int(line["step"]))
 
+    def consumed(self, line: Mapping[str, Any]) -> None:
+        """What became of the groups that a step took: what `repertory audit` reads."""
+        self._append("consumed.jsonl", line)
+
     def episodes(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of sample episodes."""
         if self._wandb and rows:
@@ -97,6 +101,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def forget_after(run: Path, step: int, stage: int) -> None:
     """Drop the lines of steps and evaluations that a run resumed in `stage` after `step` will do again."""
-    for name in ("metrics.jsonl", "eval.jsonl"):
+    for name in ("metrics.jsonl", "eval.jsonl", "consumed.jsonl"):
+        if not (run / name).is_file():
+            continue
         kept = [line for line in read_lines(run / name) if line["step"] <= step and line["stage_index"] <= stage]
         (run / name).write_text("".join(json.dumps(line) + "\n" for line in kept))

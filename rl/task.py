@@ -43,12 +43,16 @@ class TaskStream:
     cursor: int = field(default=0)
 
     def next(self, count: int) -> list[Task]:
+        return [self.at(self.skip()) for _ in range(count)]
+
+    def skip(self) -> int:
+        """Hand out the next task by its index alone: `at` makes it."""
+        self.cursor += 1
+        return self.cursor - 1
+
+    def at(self, index: int) -> Task:
         size = self.source.size(self.split)
-        tasks = []
-        for index in range(self.cursor, self.cursor + count):
-            tasks.append(self.source.task(self.split, index if size is None else index % size))
-        self.cursor += count
-        return tasks
+        return self.source.task(self.split, index if size is None else index % size)
 
 
 def derive_seed(*parts: object) -> int:

@@ -3,10 +3,17 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from actors.run_folder import read_status
+from actors.status import Status
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -62,6 +69,28 @@ def started(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment()
     )
+
+
+def wait_until(folder: Path, process: subprocess.Popen[str], reached: Callable[[Status], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        status = read_status(folder)
+        if status is not None and reached(status):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"never reached; the last status: {read_status(folder)}")
+
+
+def full_softmax_logprobs(folder, tokens: list[int], temperature: float) -> np.ndarray:
+    """Independent of rl/model.py: plain transformers, every position, log-softmax over the whole vocabulary."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double() / temperature
+    rows = torch.log_softmax(logits, -1)[:-1]
+    return np.concatenate([[0.0], rows[range(len(tokens) - 1), tokens[1:]].numpy()])
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Run, repertory
+from conftest import ROOT, SMALL, Run, full_softmax_logprobs, repertory
 
 from rl.checkpoint import newest, read_state
 from rl.metrics import read_lines
@@ -17,17 +17,6 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def rl_rows(small_run: Run):
     return {s: read_parquet(small_run.folder / "trajectories" / f"rl-03-{s:05d}.parquet") for s in range(STEPS)}
-
-
-def full_softmax_logprobs(folder, tokens: list[int], temperature: float) -> np.ndarray:
-    """Independent of rl/model.py: plain transformers, every position, log-softmax over the whole vocabulary."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0].double() / temperature
-    rows = torch.log_softmax(logits, -1)[:-1]
-    return np.concatenate([[0.0], rows[range(len(tokens) - 1), tokens[1:]].numpy()])
 
 
 def test_every_role_is_a_process_of_its_own_and_was_called(small_run: Run):

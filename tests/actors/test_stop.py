@@ -1,33 +1,17 @@
 """A run that is stopped and resumed is the run that was not; and a folder has one owner."""
 
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, Run, repertory, started
+from conftest import SMALL, Run, repertory, started, wait_until
 from safetensors.torch import load_file
 
-from actors.run_folder import read_status
-from actors.status import Status
 from rl.metrics import read_lines
 from rl.trajectory import read_parquet
 
 CONFIG = "configs/quickstart.yaml"
-
-
-def wait_until(folder: Path, process: subprocess.Popen[str], reached: Callable[[Status], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        status = read_status(folder)
-        if status is not None and reached(status):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"never reached; the last status: {read_status(folder)}")
 
 
 @pytest.fixture(scope="module")
