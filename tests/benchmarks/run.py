@@ -1,10 +1,11 @@
 """`make bench`: every figure as a ratio within one run, as a table and as bench.json.
 
 Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
-    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner]
+    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async]
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ Row = tuple[str, float, str]
 
 def train(config: str, root: Path, *overrides: str) -> Path:
     command = [sys.executable, "-m", "actors", "train", f"configs/{config}.yaml", f"run.root={root}", "run.name=bench"]
-    subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=own)
     return root / "bench"
 
 
@@ -118,6 +120,40 @@ def learner_rows() -> list[Row]:
     ]
 
 
+def asynchronous_rows(root: Path) -> list[Row]:
+    """The same SFT, then the same number of steps with a slow tool: synchronous, and at most two versions stale."""
+    env = {"name": "custom", "path": "slow_calculator.SlowCalculator", "max_turns": 4,
+           "args": {"min_operations": 1, "max_operations": 2, "max_digits": 2, "max_turns": 4}}  # fmt: skip
+    rl = {"kind": "rl", "start": 0, "steps": 14, "tasks_per_step": 16, "lr": 2e-4, "adam_eps": 1e-3,
+          "algo": {"name": "grpo", "clip_high": 0.28, "aggregation": "token"}}  # fmt: skip
+    stages = [
+        {"kind": "sft", "steps": 300, "batch_size": 32, "demonstrations": {"count": 4096, "guess_fraction": 0.5}},
+        *({**rl, "max_staleness": staleness} for staleness in (0, 2)),
+    ]
+    run = train(
+        "quickstart", root, f"stages={json.dumps(stages)}", f"env={json.dumps(env)}", "model.max_length=192",
+        "rollout.max_turn_tokens=48",
+    )  # fmt: skip
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [[line for line in lines if line["stage_index"] == index][WARM_UP:] for index in (1, 2)]
+    seconds = [(s[-1]["time_s"] - s[0]["time_s"]) / (len(s) - 1) for s in steps]
+    reached = [mean(line["reward/success"] for line in s[-4:]) for s in steps]
+    return [
+        ("slow tool: seconds a step, synchronous", seconds[0], ""),
+        ("slow tool: seconds a step, max_staleness 2", seconds[1], ""),
+        ("slow tool: steps an hour, asynchronous / synchronous", seconds[0] / seconds[1], ">= 1.8"),
+        ("slow tool: success of the last 4 steps, synchronous", reached[0], ""),
+        ("slow tool: success of the last 4 steps, asynchronous", reached[1], f">= {reached[0] - 0.1:.2f}"),
+        ("slow tool: staleness, mean", mean(line["staleness/mean"] for line in steps[1]), ""),
+        ("slow tool: groups dropped as stale, of those played", _share_dropped(steps[1]), ""),
+    ]
+
+
+def _share_dropped(steps: list[dict[str, Any]]) -> float:
+    dropped = sum(line["staleness/dropped_groups"] for line in steps)
+    return dropped / (dropped + 16 * len(steps))
+
+
 def holds(figure: float, bound: str) -> bool | None:
     if not bound:
         return None
@@ -126,7 +162,7 @@ def holds(figure: float, bound: str) -> bool | None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner"]
+    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner", "async"]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if "quickstart" in wanted:
@@ -139,6 +175,8 @@ def main() -> None:
                 rows += trl_rows(run)
         if "learner" in wanted:
             rows += learner_rows()
+        if "async" in wanted:
+            rows += asynchronous_rows(Path(folder) / "a")
     table = Table("figure", "measured", "bound", "")
     for what, figure, bound in rows:
         table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])
