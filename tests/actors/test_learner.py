@@ -210,6 +210,30 @@ def test_ranks_zero_stages_and_adapters_give_plain_torchs_update(
         assert metrics[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 1)])
+def test_bfloat16_has_masters_of_float32(ray_cluster, quickstart_config, model, batch, ranks, zero_stage):
+    """Steps of 1e-5 are lost on weights of 0.02 in bfloat16, whose next number is 1e-4 away. Twenty add up to it."""
+    many, small = 20, 1e-5
+    config = quickstart_config(
+        *SMALL, f"learner.count={ranks}", f"learner.zero_stage={zero_stage}", "model.dtype=bfloat16"
+    )
+    stage = rl_stage(ALGO).model_copy(update={"adam_eps": 1e-8})
+    name = "model.layers.0.mlp.up_proj.weight"
+    start = dict(load_causal_lm(model, "bfloat16").named_parameters())[name].detach()
+    moved = {}
+    with Ranks(config, model) as learner:
+        learner.all("begin_stage", 0, stage, model, None)
+        one = shipped(batch, ALGO)
+        for step in range(many):
+            learner.step("rl_step", (0, step, 0), one, small, None)
+            if step + 1 in (1, many):
+                weights, manifest = learner.published()
+                assert manifest.dtype == "bfloat16" and weights[name].dtype == torch.bfloat16
+                moved[step + 1] = (weights[name].float() - start.float()).abs().mean().item()
+    assert moved[1] < 0.5 * small, "a step alone rounds away nearly everywhere"
+    assert 0.5 * many * small < moved[many] < 1.5 * many * small
+
+
 def test_a_critic_learns_beside_the_policy_on_two_ranks(ray_cluster, quickstart_config, model, batch):
     """Its values before and after, and its loss, against a value model trained in this process."""
     algo = AlgoConfig(name="ppo", critic=CriticConfig(lr=LR, clip=None, epochs=2, warmup_steps=0))
