@@ -11,6 +11,7 @@ import asyncio
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ class Engine:
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
         self._held: list[tuple[str, Any]] = []
-        self._swap: _Swap | None = None
+        self._swaps: deque[_Swap] = deque()
         self._next_id = 0
         self._error: BaseException | None = None
         started: Future[None] = Future()
@@ -238,8 +239,8 @@ class Engine:
         started.set_result(None)
         try:
             while self._take_commands():
-                if self._swap is not None and (self._swap.policy == "continue" or not self._running):
-                    self._apply_swap(self._swap)
+                while self._swaps and (self._swaps[0].policy == "continue" or not self._running):
+                    self._apply_swap(self._swaps[0])
                 if self._llm.has_unfinished_requests():
                     for output in self._llm.step():
                         self._finish(output)
@@ -248,7 +249,7 @@ class Engine:
 
     def _take_commands(self) -> bool:
         """Take what is queued; with nothing to do, wait for it. False ends the thread."""
-        idle = not self._llm.has_unfinished_requests() and self._swap is None
+        idle = not self._llm.has_unfinished_requests() and not self._swaps
         timeout: float | None = None
         while True:
             try:
@@ -261,12 +262,12 @@ class Engine:
             if kind == "close":
                 return False
             if kind == "swap":
-                self._swap = body
+                self._swaps.append(body)
             elif kind == "call":
                 function, future = body
                 function()
                 future.set_result(None)
-            elif self._swap is not None and self._swap.policy == "drain":
+            elif any(swap.policy == "drain" for swap in self._swaps):
                 self._held.append((kind, body))
             else:
                 self._add(*body)
@@ -298,10 +299,11 @@ class Engine:
             detokenizer = states[running.internal_id].detokenizer
             assert detokenizer is not None
             running.marks.append((detokenizer.num_output_tokens(), swap.version))
-        self._swap = None
-        held, self._held = self._held, []
-        for _, body in held:
-            self._add(*body)
+        self._swaps.popleft()
+        if not any(later.policy == "drain" for later in self._swaps):
+            held, self._held = self._held, []
+            for _, body in held:
+                self._add(*body)
         swap.future.set_result(None)
 
     def _load_weights(self, updates: Sequence[dict[str, Any]]) -> None:
@@ -345,8 +347,7 @@ class Engine:
         dead = EngineError(f"the engine has died: {error!r}")
         dead.__cause__ = error
         waiting = [r.future for r in self._running.values()] + [body[-1] for _, body in self._held]
-        if self._swap is not None:
-            waiting.append(self._swap.future)
+        waiting += [swap.future for swap in self._swaps]
         while not self._commands.empty():
             kind, body = self._commands.get()
             waiting.append(body.future if kind == "swap" else body[-1] if body else Future())

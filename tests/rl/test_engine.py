@@ -135,6 +135,21 @@ async def test_drain_finishes_running_requests_on_the_old_weights(engine, models
     assert [c.token_ids for c in first] != [c.token_ids for c in second]
 
 
+async def test_swaps_that_are_asked_for_while_one_drains_follow_it_in_order(engine, models):
+    start = engine.version
+    running = engine.submit(PROMPT, GO_ON)
+    swaps = [engine.load(start + 1, models.update(start + 1), "drain")]
+    between = engine.submit(PROMPT, GO_ON)
+    swaps += [engine.load(start + k, models.update(start + k), policy) for k, policy in ((2, "drain"), (3, "continue"))]
+    after = engine.submit(PROMPT, GO_ON)
+    await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, swaps)), 60)
+    first, second, third = (f.result() for f in (running, between, after))
+    assert engine.version == start + 3
+    assert set(first.versions) == {start}
+    assert start not in {*second.versions, *third.versions} and third.versions[-1] == start + 3
+    assert_each_token_is_of_its_version(models.of, [first, second, third])
+
+
 async def until_sampled(engine: Engine, count: int) -> None:
     """Until every running request has that many tokens."""
     states = engine._llm.output_processor.request_states
