@@ -28,7 +28,8 @@ class Account:
 
     ends: Counter[str] = field(default_factory=Counter)
     steps: int = 0
-    under_way: int = 0
+    under_way: int | None = None
+    """None: not known, and so is what was lost. The run is past its newest checkpoint, or goes on."""
     lost: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
     episodes: list[str] = field(default_factory=list)
@@ -43,10 +44,13 @@ def show_audit(run: Path, console: Console) -> bool:
     accounts = audit(run)
     table = Table("stage", "steps", *_FINAL, "played again", "under way", "lost", "counted twice", "wrong episodes")
     for index, a in accounts.items():
-        counts = (a.steps, *(a.ends[end] for end in _FINAL), a.ends["stale"], a.under_way)
-        wrong = (len(a.lost), len(a.twice), len(a.episodes))
-        table.add_row(str(index), *map(str, counts), *map(str, wrong))
+        counts = (a.steps, *(a.ends[end] for end in _FINAL), a.ends["stale"])
+        known = a.under_way is not None
+        unsure = (str(a.under_way), str(len(a.lost))) if known else ("?", str(len(a.lost) or "?"))
+        table.add_row(str(index), *map(str, counts), *unsure, str(len(a.twice)), str(len(a.episodes)))
     console.print(table)
+    if any(a.under_way is None for a in accounts.values()):
+        console.print("?: the run is past its newest checkpoint, or goes on. What is under way is in its memory alone.")
     for index, a in accounts.items():
         for text in [*a.lost, *a.twice, *a.episodes]:
             console.print(f"stage {index}: {text}", markup=False, highlight=False, soft_wrap=True)
@@ -88,19 +92,25 @@ def _account(
     if stage.curriculum is None:
         drawn = Counter(tasks.values())
         account.twice += [f"task number {i} was drawn for {n} groups" for i, n in drawn.items() if n > 1]
-    account.lost += _missing(stage, ended, max(steps), state, account)
+    account.lost += _missing(stage, ended, lines, state, account)
     for line in lines:
-        account.episodes += _episodes(run, index, stage, line)
+        account.episodes += _episodes(run, index, line)
     return account
 
 
 def _missing(
-    stage: RlStage, ended: Counter[tuple[int, int]], steps: int, state: checkpoint.State | None, account: Account
+    stage: RlStage,
+    ended: Counter[tuple[int, int]],
+    lines: list[dict[str, Any]],
+    state: checkpoint.State | None,
+    account: Account,
 ) -> list[str]:
     """Groups that were drawn, did not end, and are not under way either.
 
     They are known where a checkpoint stands at the account's end: a run that goes on has others in its memory.
     """
+    sizes = {line["stage_step"] - 1: line["tasks_per_step"] for line in lines}
+    steps = max(sizes) + 1
     if steps == stage.steps:
         under_way, opened = set[tuple[int, int]](), stage.steps
     elif state is not None and state.stage_step == steps:
@@ -113,18 +123,18 @@ def _missing(
     lost = []
     for slot in range(opened):
         numbers = {n for s, n in known_places if s == slot}
-        wanted = range(max(stage.tasks_per_step, max(numbers, default=-1) + 1))
+        wanted = range(max(sizes.get(slot, stage.tasks_per_step), max(numbers, default=-1) + 1))
         lost += [f"group {n} of slot {slot} was drawn and never ended" for n in wanted if n not in numbers]
     return lost
 
 
-def _episodes(run: Path, index: int, stage: RlStage, line: dict[str, Any]) -> list[str]:
+def _episodes(run: Path, index: int, line: dict[str, Any]) -> list[str]:
     """How the trajectories of a step differ from the groups that it says it trained on."""
     trained = Counter(
         (g["slot"], g["task"], g["attempt"], sample)
         for g in line["groups"]
         if g["end"] == "trained"
-        for sample in range(stage.algo.group_size)
+        for sample in range(line["group_size"])
     )
     name = f"rl-{index:02d}-{line['stage_step'] - 1:05d}.parquet"
     path = run / "trajectories" / name

@@ -103,9 +103,9 @@ class Controller(Role):
         return self._phase == "done"
 
     async def stop(self) -> None:
-        """The step that runs is finished and saved, and the run ends."""
+        """The step that runs is finished and, where a resumed run can go on from it, saved; the run ends."""
         self._stopping = True
-        self.say("asked to stop: this step is finished and saved first")
+        self.say("asked to stop: this step is finished first")
 
     @property
     def stopping(self) -> bool:
@@ -130,6 +130,7 @@ class Controller(Role):
             self._initial = await self.company.start(self.folder / "initial", self._resume)
         if self._resume:
             forget_after(self.folder, self.state.step, self.state.stage)
+            checkpoint.set_aside_after(self.folder, self.state.step)
             done = read_lines(self.folder / "metrics.jsonl")
             self._born -= done[-1]["time_s"] if done else 0.0  # `time_s` goes on counting
             await self.company.all_ranks("restore", str(self._resume))
@@ -277,11 +278,12 @@ class Controller(Role):
         self._sinks.metrics(line)
         self._latest = metrics
 
-    def consume(self, groups: list[dict[str, Any]]) -> None:
+    def consume(self, stage: RlStage, groups: list[dict[str, Any]]) -> None:
         """Keep account of the groups that the step which is about to advance has taken."""
         s = self.state
         place = {"stage_index": s.stage, "step": s.step + 1, "stage_step": s.stage_step + 1}
-        self._sinks.consumed({**place, "groups": groups})
+        size = {"tasks_per_step": stage.tasks_per_step, "group_size": stage.algo.group_size}
+        self._sinks.consumed({**place, **size, "groups": groups})
 
     def lr(self, stage: TrainingStage, step: int) -> float:
         return learning_rate(

@@ -16,7 +16,7 @@ from rl.config import Config
 from rl.config_file import ConfigError, dump_config, load_config
 
 NAMESPACE = "repertory"
-_POLL_S = 0.5
+_POLL_S = 0.25
 
 
 def run_training(config: Config, console: Console, *, resume: bool = False) -> None:
@@ -33,7 +33,7 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
 
     folder = config.run.dir.resolve()
     try:
-        with owning(folder, overwrite=not resume):  # preflight saw run.overwrite
+        with owning(folder, resume=resume, overwrite=config.run.overwrite):
             (folder / "config.yaml").write_text(dump_config(config))
             controller, finished = _start_controller(config, folder, device, resume)
             whole = _watch(controller, finished, folder, console)

@@ -31,8 +31,9 @@ def check_run_folder(config: Config, resume: bool) -> None:
     folder = config.run.dir
     refuse_owned(folder)
     if resume:
-        if checkpoint.newest(folder) is None:
-            raise ConfigError(f"--resume: {folder} holds no complete checkpoint to go on from")
+        damaged: list[str] = []
+        if checkpoint.newest(folder, damaged.append) is None:
+            raise ConfigError("; ".join([f"--resume: {folder} holds no complete checkpoint to go on from", *damaged]))
     elif folder.exists() and not config.run.overwrite:
         raise ConfigError(
             f"the run folder {folder} exists. Choose another run.name=..., go on with --resume, or delete it with "

@@ -74,10 +74,12 @@ class Producer(Generic[Result]):
             self._start_new(slot, self._size, version)
         self._opened = max(self._opened, last + 1)
 
-    def refill(self, slot: int, version: int) -> None:
-        """Draw one more for a slot, if its budget allows."""
-        if self._drawn[slot] < self._budget:
+    def refill(self, slot: int, version: int) -> bool:
+        """Draw one more for a slot, if its budget allows. Returns whether it did."""
+        allowed = self._drawn[slot] < self._budget
+        if allowed:
             self._start_new(slot, 1, version)
+        return allowed
 
     def again(self, place: Place, version: int) -> None:
         """Play a task once more: what came of it was too stale."""
@@ -108,13 +110,22 @@ class Producer(Generic[Result]):
         places = sorted(self._under_way)
         slots = sorted({place.slot for place in places})
         return {
+            "size": self._size,
             "opened": self._opened,
             "drawn": [[slot, self._drawn[slot]] for slot in slots],
             "under_way": [[p.slot, p.number, p.index, p.attempt] for p in places],
         }
 
     def restore(self, state: dict[str, Any], version: int) -> None:
-        """Go on from a state: what was under way, finished or not, is played once more."""
+        """Go on from a state: what was under way, finished or not, is played once more.
+
+        Raises ValueError when groups are under way and the slots were of another size.
+        """
+        if state["under_way"] and state["size"] != self._size:
+            raise ValueError(
+                f"{len(state['under_way'])} groups are under way in slots of tasks_per_step = {state['size']}, and it "
+                f"is {self._size} now: change it when the stage has ended, or start again"
+            )
         self._opened = state["opened"]
         self._drawn = dict(state["drawn"])
         for fields in state["under_way"]:

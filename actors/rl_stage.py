@@ -43,10 +43,12 @@ class Gathered:
     played: dict[Place, Group] = field(default_factory=dict)
     trained: dict[Place, Verdict] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
-    greedy: dict[str, float] = field(default_factory=dict)
+    greedy: dict[Place, float] = field(default_factory=dict)
     dropped: int = 0
     replayed: int = 0
     stale: int = 0
+    missing: int = 0
+    """Groups that the step does without: nothing more may be drawn for them. Later steps' groups do not fill in."""
     ends: list[tuple[Place, str]] = field(default_factory=list)
     """What became of each group: trained, filtered, dropped, or stale, which is played once more."""
     reward_s: float = 0.0
@@ -117,9 +119,10 @@ class RlLoop:
         with run.timed("step"):
             gathered = await self.gather(step)
             written = None
+            path = run.folder / "trajectories" / f"rl-{self.index:02d}-{step:05d}.parquet"
+            path.unlink(missing_ok=True)  # of a run that was killed after it had written this step
             if gathered.groups:
                 columns, means = await self.credit(gathered, step)
-                path = run.folder / "trajectories" / f"rl-{self.index:02d}-{step:05d}.parquet"
                 written = asyncio.ensure_future(run.company.buffer.write.remote(str(path), gathered.groups, means))
                 total, credited = await self.learn(gathered, columns, step)
             run.state = replace(run.state, cursor=self.tasks.cursor, under_way=self.producer.state())
@@ -138,8 +141,8 @@ class RlLoop:
         version = run.state.version
         with run.timed("generate"), run.working("generator"):
             self.producer.open(min(step + self.producer.ahead, self.stage.steps - 1), version)
-            while len(found.trained) < wanted:
-                taken = await self.producer.take(step, version, wanted - len(found.trained))
+            while (room := wanted - len(found.trained) - found.missing) > 0:
+                taken = await self.producer.take(step, version, room)
                 if taken is None:
                     break
                 self.judge(*taken, found, version)
@@ -158,7 +161,7 @@ class RlLoop:
             self.run.say(f"dropped task {task}: {found.cause}")
             found.dropped += 1
             found.ends.append((place, "dropped"))
-            self.producer.refill(place.slot, version)
+            found.missing += not self.producer.refill(place.slot, version)
             return
         group = played.groups[0]
         if max(staleness(group, version), default=0) > self.stage.max_staleness:
@@ -176,11 +179,11 @@ class RlLoop:
         found.played[place] = group
         found.ends.append((place, "filtered" if verdict.empty else "trained"))
         if verdict.empty:
-            self.producer.refill(place.slot, version)
+            found.missing += not self.producer.refill(place.slot, version)
             return
         found.trained[place] = verdict
         if result.greedy is not None:
-            found.greedy[group.request.task.id] = result.greedy
+            found.greedy[place] = result.greedy
 
     async def play(self, place: Place) -> "Result":
         """One group, and the greedy episode that it is held against."""
@@ -227,13 +230,13 @@ class RlLoop:
                     scorings.append(await company.learner_columns(refs, self.temperature, from_learner))
         facts = [
             GroupFacts(
-                [s.turn_rewards for s in g.summaries],
-                [s.outcome for s in g.scores],
-                [s.success for s in g.scores],
-                v.counted,
-                gathered.greedy.get(g.request.task.id),
+                [s.turn_rewards for s in gathered.played[place].summaries],
+                [s.outcome for s in gathered.played[place].scores],
+                [s.success for s in gathered.played[place].scores],
+                gathered.trained[place].counted,
+                gathered.greedy.get(place),
             )
-            for g, v in zip(gathered.groups, gathered.verdicts, strict=True)
+            for place in sorted(gathered.trained)
         ]
         columns, means = company.buffer.credit.options(num_returns=2).remote(
             gathered.groups, facts, algo, run.config.model.max_length, self.kl_coefficient(step), scorings
@@ -311,7 +314,7 @@ class RlLoop:
         if self.pool:
             metrics["curriculum/open_tasks"] = float(self.pool.open(step, stage.steps))
         ends = [{**asdict(place), "task": self.task(place.index).id, "end": end} for place, end in sorted(found.ends)]
-        run.consume(ends)
+        run.consume(stage, ends)
         run.advance(stage.kind, metrics)
         run.warn_of_short_warm_up(step)
 

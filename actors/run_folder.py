@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -24,29 +24,36 @@ from actors.display import Display
 from actors.status import Status
 from rl.config_file import ConfigError
 
-_KEPT = ("owner.lock", "writer.lock")
+_KEPT = ("owner.lock", "writer.lock", "stop")
+_PROBED_S = 1.0
+"""Who asks whether a folder is owned holds its lock for a moment."""
 _WRITER_WAIT_S = 60.0
 _POLL_S = 0.5
 
 
 @contextmanager
-def owning(folder: Path, *, overwrite: bool) -> Iterator[None]:
+def owning(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Make the run's folder, or take it over, and be its only trainer inside the block.
 
-    overwrite: delete what is in it. Raises ConfigError when another process owns it.
+    resume: leave what is in it; overwrite: or else delete it. Raises ConfigError when another process owns it, and when
+    something is in it that is to be neither kept nor deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "owner.lock").open("a+") as file:
-        if not _lock(file):
+        if not _lock(file, _PROBED_S):
             raise ConfigError(_owned(folder))
-        if overwrite:
-            for path in folder.iterdir():
-                if path.name not in _KEPT:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (folder / "stop").unlink(missing_ok=True)
+        for name in ("stop", "status.json"):
+            (folder / name).unlink(missing_ok=True)
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
         file.flush()
+        if not resume:
+            found = [path for path in folder.iterdir() if path.name not in _KEPT]
+            if found and not overwrite:  # another run has come and gone since this one looked
+                raise ConfigError(f"the run folder {folder} exists: choose another run.name, or go on with --resume")
+            with lock_for_writing(folder):
+                for path in found:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield
 
 
@@ -60,7 +67,7 @@ def is_owned(folder: Path) -> bool:
     path = folder / "owner.lock"
     if not path.is_file():
         return False
-    with path.open("a+") as file:
+    with path.open() as file:
         return not _lock(file)
 
 
@@ -86,20 +93,21 @@ def lock_for_writing(folder: Path) -> IO[str]:
     Raises TimeoutError after a minute.
     """
     file = (folder / "writer.lock").open("a+")
-    deadline = time.monotonic() + _WRITER_WAIT_S
-    while not _lock(file):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"another controller still writes to {folder}: its run was ended, and it was not")
-        time.sleep(0.2)
+    if not _lock(file, _WRITER_WAIT_S):
+        raise TimeoutError(f"another controller still writes to {folder}: its run was ended, and it was not")
     return file
 
 
-def _lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(file: IO[str], patience_s: float = 0.0) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
 
 
 # -- how it stands ----------------------------------------------------------------------------------------------------
@@ -107,8 +115,9 @@ def _lock(file: IO[str]) -> bool:
 
 def write_status(folder: Path, status: Status) -> None:
     partial = folder / ".status.json"
-    partial.write_text(json.dumps(asdict(status)))
-    partial.rename(folder / "status.json")
+    with suppress(OSError):  # a full disk is the run's to say
+        partial.write_text(json.dumps(asdict(status)))
+        partial.rename(folder / "status.json")
 
 
 def read_status(folder: Path) -> Status | None:
@@ -127,9 +136,9 @@ def show_status(folder: Path, console: Console) -> None:
     """
     running, status = _running(folder), read_status(folder)
     who = owner(folder)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["since"]))
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("since")))
     if running:
-        console.print(f"{folder} is being trained by process {who['pid']} on {who['host']} since {since}")
+        console.print(f"{folder} is being trained by process {who.get('pid')} on {who.get('host')} since {since}")
     else:
         phase = status.phase if status else "starting"
         how = {"done": "is done", "stopped": "was stopped"}.get(phase, "ended before its end: --resume goes on")

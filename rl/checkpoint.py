@@ -65,7 +65,8 @@ def writing(run: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(root).free < _FULL:
+        whose = (error, getattr(error, "cause", None))  # of Ray's error, when a rank wrote
+        if any(getattr(e, "errno", None) == errno.ENOSPC for e in whose) or shutil.disk_usage(root).free < _FULL:
             last = max(_found(run), key=_step, default=None)
             raise DiskFull(
                 f"the disk of {run} is full: the checkpoint of step {step} was not written, the last one is "
@@ -74,9 +75,13 @@ def writing(run: Path, step: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    _link_latest(root, final.name)
+
+
+def _link_latest(root: Path, name: str) -> None:
     link = root / ".latest"
     link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
+    link.symlink_to(name)
     link.rename(root / "latest")
     _fsync_one(root)
 
@@ -102,18 +107,32 @@ def newest(run: Path, say: Callable[[str], None] = lambda message: None) -> Path
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        written = json.loads((folder / "files.json").read_text())
-    except (OSError, ValueError):
-        return "files.json is missing or no JSON"
+        written = dict(json.loads((folder / "files.json").read_text()))
+        assert "state.json" in written
+    except (OSError, ValueError, TypeError, AssertionError):
+        return "files.json is missing or does not list its files"
     for name, (size, digest) in written.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-        if _digest(path) != digest:
-            return f"{name} does not have the checksum that it was written with"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes of {size}"
+            if _digest(path) != digest:
+                return f"{name} does not have the checksum that it was written with"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Take damaged checkpoints of later steps out of the count: pruning would keep them for good ones."""
+    for folder in _found(run):
+        if _step(folder) > step:
+            aside = folder.with_name(f"damaged.{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+    _link_latest(run / "checkpoints", f"step={step}")
 
 
 def prune(run: Path, keep: int, spared: Collection[str] = ()) -> None:

@@ -30,7 +30,7 @@ Rule = Callable[[str], Tensor]
 
 _INDEX = "model.safetensors.index.json"
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "repertory.yaml")
-_NOT_OF_THE_MERGED = {"state.json", "adapter_config.json", _INDEX}
+_NOT_OF_THE_MERGED = {"state.json", "files.json", "adapter_config.json", _INDEX}
 
 
 @dataclass(frozen=True)

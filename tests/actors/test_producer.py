@@ -102,9 +102,9 @@ def test_what_a_filter_took_is_drawn_again_within_the_budget():
         table = Table(budget=3)
         table.producer.open(0, version=0)
         await table.end(A, B)
-        for _ in range(2):
+        for drawn in (True, False):
             await table.taken(0)
-            table.producer.refill(0, version=0)
+            assert table.producer.refill(0, version=0) == drawn
         await asyncio.sleep(0)
         assert list(table.ends) == [Place(0, 2, 2)], "one more, with the next task, and not two"
 
@@ -152,6 +152,18 @@ def test_a_resumed_stage_goes_on_with_what_was_under_way():
         later.producer.refill(1, version=7)
         await asyncio.sleep(0)
         assert len(later.ends) == 5, "slot 0's budget is spent, slot 1's is not"
+
+    run(scene)
+
+
+def test_slots_of_another_size_do_not_go_on_with_what_was_under_way():
+    async def scene() -> None:
+        table = Table(size=2)
+        table.producer.open(0, version=0)
+        with pytest.raises(ValueError, match="2 groups are under way in slots of tasks_per_step = 2, and it is 3 now"):
+            Table(size=3).producer.restore(table.producer.state(), version=0)
+        await table.producer.close()
+        Table(size=3).producer.restore(table.producer.state(), version=0)
 
     run(scene)
 

@@ -1,6 +1,9 @@
 """A run that is stopped and resumed is the run that was not; and a folder has one owner."""
 
+import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +17,34 @@ from rl.trajectory import read_parquet
 CONFIG = "configs/quickstart.yaml"
 
 
+def wait_for_a_line(folder: Path, process: subprocess.Popen[str], stage: str) -> None:
+    """Until the first step of a stage is done."""
+    while not any(line["stage"] == stage for line in read_lines(folder / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def stopped_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The session's small run once more, ended in its sft stage by `repertory stop` and in its rl stage by SIGTERM."""
+    """The session's small run once more, ended in its sft stage by SIGTERM and in its rl stage by `repertory stop`."""
     root = tmp_path_factory.mktemp("stopped")
-    folder, told = root / "small", []
+    folder = root / "small"
     settings = [CONFIG, f"run.root={root}", "run.name=small", *SMALL]
 
     first = started("train", *settings)
-    wait_until(folder, first, lambda s: s.kind == "sft" and s.stage_step > 0)
-    second = repertory("train", *settings, "run.overwrite=true")
-    status = repertory("status", str(folder))
-    stop = repertory("stop", str(folder))
-    assert (second.returncode, status.returncode, stop.returncode) == (2, 0, 0), second.stdout + stop.stderr
-    told += [first.communicate(timeout=60)[0], second.stderr, status.stdout, stop.stdout]
-    assert first.returncode == 0
+    wait_until(folder, first, lambda s: s.phase == "starting")
+    second, status = repertory("train", *settings, "run.overwrite=true"), repertory("status", str(folder))
+    assert (second.returncode, status.returncode) == (2, 0), second.stdout
+    wait_for_a_line(folder, first, "sft")
+    first.send_signal(signal.SIGTERM)
+    told = [first.communicate(timeout=60)[0], second.stderr, status.stdout]
+    assert first.returncode == 0, told[0]
 
     resumed = started("train", *settings, "--resume")
-    wait_until(folder, resumed, lambda s: s.kind == "rl" and s.stage_step > 0)
-    resumed.send_signal(signal.SIGTERM)
-    told.append(resumed.communicate(timeout=60)[0])
-    assert resumed.returncode == 0, told[-1]
+    wait_for_a_line(folder, resumed, "rl")
+    stop = repertory("stop", str(folder))
+    told += [resumed.communicate(timeout=60)[0], stop.stdout]
+    assert (resumed.returncode, stop.returncode) == (0, 0), told[-1] + stop.stderr
 
     last = repertory("train", *settings, "--resume")
     assert last.returncode == 0, last.stdout + last.stderr
@@ -42,13 +52,17 @@ def stopped_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     return folder, told
 
 
-def test_it_says_what_happened(stopped_twice):
-    _, (first, second, status, stop, resumed, last, done) = stopped_twice
+def test_it_says_what_happened_and_where_it_stopped(stopped_twice):
+    _, (first, second, status, resumed, stop, last, done) = stopped_twice
+    steps = []
     for output in (first, resumed):
-        assert "asked to stop: this step is finished and saved first" in output
-        assert "stopped before its end, as asked: --resume goes on from step=" in output
+        assert "asked to stop: this step is finished first" in output
+        found = re.search(r"stopped before its end, as asked: --resume goes on from step=(\d+)", output)
+        assert found, output
+        steps.append(int(found[1]))
+    assert 0 < steps[0] < 12 < steps[1] < 15, "inside the sft stage, and inside the rl stage"
     assert "is being trained by process" in second and "repertory stop" in second
-    assert "is being trained by process" in status and "sft step" in status
+    assert "is being trained by process" in status and "starting the actors" in status
     assert "was stopped" in stop
     assert "resumed from step=" in last and "stopped before" not in last
     assert "is done" in done

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from rl.checkpoint import DiskFull, State, newest, prune, read_state, write_state, writing
+from rl.checkpoint import DiskFull, State, newest, prune, read_state, set_aside_after, write_state, writing
 
 STATE = State(stage=1, stage_step=4, step=9, version=5, cursor=128, stage_start="step=5", ends={"0": "step=5"})
 
@@ -89,8 +89,10 @@ def test_newest_goes_by_number_and_wants_a_whole_one(tmp_path):
         (lambda f: (f / "learner" / "model.bin").write_text("weig"), r"learner/model\.bin has 4 bytes of 7"),
         (lambda f: (f / "learner" / "model.bin").write_text("weighty"), r".*model\.bin does not have the checksum"),
         (lambda f: (f / "state.json").write_text(""), r"state\.json has 0 bytes"),
-        (lambda f: (f / "files.json").write_text("{"), r"files\.json is missing or no JSON"),
-        (lambda f: (f / "files.json").unlink(), r"files\.json is missing or no JSON"),
+        (lambda f: (f / "files.json").write_text("{"), r"files\.json is missing or does not list"),
+        (lambda f: (f / "files.json").write_text("{}"), r"files\.json is missing or does not list"),
+        (lambda f: (f / "files.json").write_text("3"), r"files\.json is missing or does not list"),
+        (lambda f: (f / "files.json").unlink(), r"files\.json is missing or does not list"),
     ],
 )
 def test_a_damaged_one_is_named_and_passed_over_for_the_one_before(tmp_path, harm, says):
@@ -102,6 +104,17 @@ def test_a_damaged_one_is_named_and_passed_over_for_the_one_before(tmp_path, har
     assert len(told) == 1 and re.match(rf"checkpoint step=9 is damaged, and passed over: {says}", told[0])
     save(tmp_path, 9)
     assert newest(tmp_path, told.append).name == "step=9" and len(told) == 1
+
+
+def test_a_damaged_one_that_is_set_aside_counts_for_nothing(tmp_path):
+    for step in (4, 9):
+        save(tmp_path, step)
+    set_aside_after(tmp_path, 4)
+    assert names(tmp_path) == ["damaged.step=9", "latest", "step=4"]
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == "step=4"
+    save(tmp_path, 6)
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["damaged.step=9", "latest", "step=6"]
 
 
 @pytest.fixture
