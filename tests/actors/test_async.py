@@ -28,7 +28,7 @@ def asynchronous(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "stages": [
             {"kind": "rl", "steps": STEPS, "tasks_per_step": 6, "lr": 1e-3, "max_staleness": STALENESS,
              "checkpoint_every": 1, "algo": {
-                 "group_size": 4, "kl": {"coefficient": 0.01}, "filters": [{"name": "accuracy_band", "low": 0.3}]}}
+                 "group_size": 4, "kl": {"coefficient": 0.01}, "filters": [{"name": "accuracy_band", "low": 0.2}]}}
         ],
     }  # fmt: skip
     config = root / "async.yaml"
@@ -87,4 +87,4 @@ def test_every_task_was_consumed_exactly_once(asynchronous):
         final = [g for g in line["groups"] if g["end"] != "stale"]
         assert len(final) == 6, "what a filter took leaves a gap in its step, and none in a later one"
     told = repertory("audit", str(asynchronous))
-    assert told.returncode == 0 and "60" in told.stdout, told.stdout
+    assert told.returncode == 0 and f"{account.ends['trained']} " in told.stdout, told.stdout
