@@ -56,7 +56,11 @@ def find_checkpoint(path: str) -> Path:
     Raises ConfigError.
     """
     if Path(path).is_dir():
-        return checkpoint.newest(Path(path)) or Path(path)
+        damaged: list[str] = []
+        newest = checkpoint.newest(Path(path), damaged.append)
+        if newest is None and damaged:
+            raise ConfigError(f"{path} has no checkpoint that is whole: {'; '.join(damaged)}")
+        return newest or Path(path)
     try:
         return find_model(path)
     except ModelNotFound as error:

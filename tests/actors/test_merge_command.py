@@ -133,14 +133,17 @@ def mistakes(runs, tmp_path):
     (tmp_path / "full" / "mine").write_text("mine")
     (tmp_path / "bare").mkdir()
     out, wide = str(tmp_path / "out"), str(make_run(tmp_path / "wide", 0, intermediate=32))
-    anonymous = make_run(tmp_path / "anonymous", 0)
-    (anonymous / "checkpoints" / "step=5" / "repertory.yaml").unlink()
+    anonymous = make_run(tmp_path / "anonymous", 0) / "checkpoints" / "step=5"
+    (anonymous / "repertory.yaml").unlink()
+    cut = make_run(tmp_path / "cut", 0)
+    (cut / "checkpoints" / "step=5" / "model.safetensors").write_bytes(b"half")
     lines = ["--method", "lines"]
     return {
         "one for a soup": ([out, runs[0]], "two checkpoints or more"),
         "out is full": ([str(tmp_path / "full"), *runs], "not an empty folder"),
         "no such folder": ([out, runs[0], str(tmp_path / "none")], "no such folder"),
         "not a model": ([out, runs[0], str(tmp_path / "bare")], "neither a checkpoint"),
+        "damaged": ([out, runs[0], str(cut)], "step=5 is damaged, and passed over: model.safetensors has 4 bytes"),
         "another shape": ([out, runs[0], wide], "model.layers.0.mlp."),
         "another base": ([out, runs[0], *lines, "--base", wide, "--alpha", "0"], "model.layers.0.mlp."),
         "no base": ([out, *runs, *lines], "--base"),
