@@ -93,6 +93,7 @@ def learn_packed(trainer: TorchTrainer, rows: list[dict[str, Any]], config: Conf
 def learn(lm: Any, optimizer: Any, rows: list[dict[str, Any]], config: Config, stage: RlStage) -> float:
     """Seconds of one batch's optimizer steps, as plain transformers and torch take them."""
     algo, budget = stage.algo, config.learner.micro_batch_tokens
+    assert algo.clip_low is not None, "the plain loop has the clipped surrogate"
     started = time.perf_counter()
     for chunk in mini_batches(len(rows), algo.mini_batches, algo.epochs):
         waiting = sorted((rows[i] for i in chunk), key=lambda row: -len(row["tokens"]))
@@ -133,7 +134,7 @@ def main() -> None:
     g = config.generator
     length, many = config.model.max_length, g.max_sequences
     options = EngineOptions(config.generator_dtype, length, many, kv_cache_gib=g.kv_cache_gib)
-    llm = LLMEngine.fromengine_args(engine_args(str(model), options))
+    llm = LLMEngine.from_engine_args(engine_args(str(model), options))
     c = config.learner
     adam = {"lr": 1e-6, "betas": c.betas, "weight_decay": c.weight_decay}
     plain = load_causal_lm(model, config.learner_dtype)
