@@ -40,9 +40,13 @@ class Account:
 
 
 def show_audit(run: Path, console: Console) -> bool:
-    """Print the account of each rl stage that began. Returns whether all is right. ConfigError: no run is there."""
+    """Print the account of each rl stage that began. Returns whether all is right. ConfigError: no run is there.
+
+    again: played again because they were too stale; wrong: episodes too many or too few in trajectories/.
+    """
     accounts = audit(run)
-    table = Table("stage", "steps", *_FINAL, "played again", "under way", "lost", "counted twice", "wrong episodes")
+    columns = ("stage", "steps", *_FINAL, "again", "under way", "lost", "twice", "wrong")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))  # 80 columns
     for index, a in accounts.items():
         counts = (a.steps, *(a.ends[end] for end in _FINAL), a.ends["stale"])
         known = a.under_way is not None
