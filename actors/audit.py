@@ -4,7 +4,7 @@
     trained               =  the episodes in trajectories/rl-*.parquet, each sample once
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from rl import checkpoint
-from rl.config import Config
 from rl.config_file import ConfigError, load_config
 from rl.config_stage import RlStage
 from rl.metrics import read_lines
@@ -74,12 +73,12 @@ def audit(run: Path) -> dict[int, Account]:
         own = [line for line in lines if line["stage_index"] == index]
         if isinstance(stage, RlStage) and own:
             at_checkpoint = state if state is not None and state.stage == index else None
-            accounts[index] = _account(run, config, index, stage, own, at_checkpoint)
+            accounts[index] = _account(run, index, stage, own, at_checkpoint)
     return accounts
 
 
 def _account(
-    run: Path, config: Config, index: int, stage: RlStage, lines: list[dict[str, Any]], state: checkpoint.State | None
+    run: Path, index: int, stage: RlStage, lines: list[dict[str, Any]], state: checkpoint.State | None
 ) -> Account:
     account = Account(Counter(g["end"] for line in lines for g in line["groups"]), len(lines))
     steps = [line["stage_step"] for line in lines]
@@ -123,10 +122,12 @@ def _missing(
     else:
         return []
     account.under_way = len(under_way)
-    known_places = {place for place, times in ended.items() if times} | under_way
+    known_places: dict[int, set[int]] = defaultdict(set)
+    for slot, number in {place for place, times in ended.items() if times} | under_way:
+        known_places[slot].add(number)
     lost = []
     for slot in range(opened):
-        numbers = {n for s, n in known_places if s == slot}
+        numbers = known_places[slot]
         wanted = range(max(sizes.get(slot, stage.tasks_per_step), max(numbers, default=-1) + 1))
         lost += [f"group {n} of slot {slot} was drawn and never ended" for n in wanted if n not in numbers]
     return lost

@@ -52,7 +52,7 @@ class Controller(Role):
         super().__init__()
         self.config, self.folder, self._device, self._namespace = config, Path(run), device, namespace
         self._lock = lock_for_writing(self.folder)
-        self._stopping = False
+        self.stopping = False
         self._messages: list[str] = []
         self._resume = checkpoint.newest(self.folder, self._messages.append) if resume else None
         self._busy: dict[str, int] = {}
@@ -104,16 +104,12 @@ class Controller(Role):
 
     async def stop(self) -> None:
         """The step that runs is finished and, where a resumed run can go on from it, saved; the run ends."""
-        self._stopping = True
+        self.stopping = True
         self.say("asked to stop: this step is finished first")
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping
 
     def go_on(self) -> None:
         """Raises Stopped when the run is to end, at a place that a resumed run can go on from."""
-        if self._stopping:
+        if self.stopping:
             raise Stopped
 
     async def _start(self) -> None:

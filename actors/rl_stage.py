@@ -49,8 +49,8 @@ class Gathered:
     stale: int = 0
     missing: int = 0
     """Groups that the step does without: nothing more may be drawn for them. Later steps' groups do not fill in."""
-    ends: list[tuple[Place, str]] = field(default_factory=list)
-    """What became of each group: trained, filtered, dropped, or stale, which is played once more."""
+    ends: list[tuple[Place, str, str]] = field(default_factory=list)
+    """Each group's task, and what became of it: trained, filtered, dropped, or stale, which is played once more."""
     reward_s: float = 0.0
     cause: str = ""
 
@@ -157,16 +157,17 @@ class RlLoop:
         found.replayed += played.replayed
         found.reward_s += played.reward_s
         if not played.groups or (self.algo.baseline == "greedy" and result.greedy is None):
-            task, found.cause = played.dropped[-1] if played.dropped else ("", "its greedy episode failed")
+            lost = "its greedy episode failed"
+            task, found.cause = played.dropped[-1] if played.dropped else (played.groups[0].request.task.id, lost)
             self.run.say(f"dropped task {task}: {found.cause}")
             found.dropped += 1
-            found.ends.append((place, "dropped"))
+            found.ends.append((place, task, "dropped"))
             found.missing += not self.producer.refill(place.slot, version)
             return
         group = played.groups[0]
         if max(staleness(group, version), default=0) > self.stage.max_staleness:
             found.stale += 1
-            found.ends.append((place, "stale"))
+            found.ends.append((place, group.request.task.id, "stale"))
             self.producer.again(place, version)
             return
         verdict = judge(
@@ -177,7 +178,7 @@ class RlLoop:
         )
         found.taken.update(verdict.taken)
         found.played[place] = group
-        found.ends.append((place, "filtered" if verdict.empty else "trained"))
+        found.ends.append((place, group.request.task.id, "filtered" if verdict.empty else "trained"))
         if verdict.empty:
             found.missing += not self.producer.refill(place.slot, version)
             return
@@ -313,7 +314,7 @@ class RlLoop:
             metrics["curriculum/max_turns"] = float(horizon(step, every=stage.horizon.every, turns=stage.horizon.turns))
         if self.pool:
             metrics["curriculum/open_tasks"] = float(self.pool.open(step, stage.steps))
-        ends = [{**asdict(place), "task": self.task(place.index).id, "end": end} for place, end in sorted(found.ends)]
+        ends = [{**asdict(place), "task": task, "end": end} for place, task, end in sorted(found.ends)]
         run.consume(stage, ends)
         run.advance(stage.kind, metrics)
         run.warn_of_short_warm_up(step)

@@ -107,9 +107,10 @@ def newest(run: Path, say: Callable[[str], None] = lambda message: None) -> Path
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        written = dict(json.loads((folder / "files.json").read_text()))
-        assert "state.json" in written
-    except (OSError, ValueError, TypeError, AssertionError):
+        written = json.loads((folder / "files.json").read_text())
+    except (OSError, ValueError):
+        written = None
+    if not isinstance(written, dict) or "state.json" not in written:
         return "files.json is missing or does not list its files"
     for name, (size, digest) in written.items():
         path = folder / name

@@ -11,6 +11,7 @@ import asyncio
 import os
 import queue
 import threading
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -60,8 +61,8 @@ class LayerwiseTransfer(WeightTransferEngine):
     def init_transfer_engine(self, init_info: Any) -> None:
         pass
 
-    def tensors(self, update_info: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        raise NotImplementedError
+    @abstractmethod
+    def tensors(self, update_info: Any) -> Iterator[tuple[str, torch.Tensor]]: ...
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)

@@ -49,6 +49,8 @@ def stage(load):
         ({**SELF, "mix_previous": 0.5}, r": mix_previous mixes in the round before, and rounds is 1"),
         ({**SFT, "sample": SAMPLE}, r": `sample` and `data_stage` go together"),
         ({**SFT, "data_stage": "s3ft"}, r": `sample` and `data_stage` go together"),
+        # asynchronous
+        ({**RL, "max_staleness": 1, "algo": {"name": "rloo"}}, r": max_staleness is 1, and the reinforce surrogate"),
         # pairs
         ({"kind": "preference", "steps": 5}, r": pairs come from .*`sample`.*`pairs\.path`.*one of both"),
         ({**PREFERENCE, "pairs": {"path": "p"}}, r": pairs come from .*`sample`.*`pairs\.path`.*one of both"),
@@ -127,6 +129,7 @@ LORA = {"learner": {"lora": {}}}
     [
         ([RL], {"rollout": {"top_p": 0.9}}, r"an rl stage refuses rollout\.top_p and rollout\.top_k: .*bias every"),
         ([SFT, {**RL, "start": 1}], {}, r"stages\[1\]\.start: 1 is not a stage before it that trains\. Those are: 0"),
+        ([{**RL, "max_staleness": 1}], {"placement": {"time_share": True}}, r"stages\[0\]\.max_staleness has the gen"),
         ([EVAL, {**RL, "start": 0}], {}, r"stages\[1\]\.start: 0 is not a stage .*: none"),
         ([SFT, RL], {"rollout": {"top_k": 5}}, r"an rl stage refuses rollout\.top_p and rollout\.top_k: .*bias every"),
         (

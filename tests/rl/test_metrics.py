@@ -90,11 +90,13 @@ def test_forget_after_drops_what_a_resumed_run_does_again(tmp_path):
     sinks = Sinks(tmp_path, CONFIG)
     for step in (1, 2, 3, 4):
         sinks.metrics({"step": step, "stage_index": 1, "x": None if step == 2 else step / 3})
+        sinks.consumed({"step": step, "stage_index": 1, "groups": []})
     for stage, step in ((0, 0), (2, 2), (2, 4)):  # the second stands after the stage that goes on from step 2
         sinks.evaluation({"step": step, "stage_index": stage})
     forget_after(tmp_path, 2, 1)
     assert [(line["step"], line["x"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [(1, 1 / 3), (2, None)]
     assert read_lines(tmp_path / "eval.jsonl") == [{"step": 0, "stage_index": 0}]
+    assert [line["step"] for line in read_lines(tmp_path / "consumed.jsonl")] == [1, 2], "or they were consumed twice"
     sinks.metrics({"step": 3})
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
