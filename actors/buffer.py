@@ -6,7 +6,7 @@ them. It hands on references and summaries; nobody between worker and learner re
 
 import asyncio
 import itertools
-import random
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from actors.role import Role
+from actors.faults import Stuck, backoff, is_death, is_infra, named, tried, within
+from actors.role import AsyncRole
+from actors.worker_pool import WorkerPool
+from rl.config import Config
 from rl.config_algo import AlgoConfig
 from rl.config_stage import ExampleStage
 from rl.credit import Columns, GroupFacts, assign_credit
@@ -26,12 +28,7 @@ from rl.reward import Score
 from rl.task import Task
 from rl.trajectory import Summary, Trajectory, to_row, write_parquet
 
-_INFRA_BUDGET = 3
-
-
-class LostGroup(RuntimeError):
-    """A group could not be played within the budget for failures of ours."""
-
+log = logging.getLogger("repertory")
 
 @dataclass(frozen=True)
 class Group:
@@ -45,11 +42,20 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A task that fails wherever it is played. quarantined: it ended the workers that played it; never tried again."""
+
+    task: str
+    cause: str
+    quarantined: bool = False
+
+
+@dataclass(frozen=True)
 class Played:
-    """groups in the order of the requests; dropped: tasks that fail wherever they are played, with the cause."""
+    """groups in the order of the requests; replayed: how often a group or its scoring was lost to a failure of ours."""
 
     groups: list[Group]
-    dropped: list[tuple[str, str]]
+    dropped: list[Dropped]
     replayed: int
     reward_s: float
     """Seconds in reward calls, summed; they run while other groups are still being played."""
@@ -63,55 +69,93 @@ class _Tally:
     reward_s: float = 0.0
 
 
-class Buffer(Role):
+class Buffer(AsyncRole):
     role = "buffer"
 
-    def __init__(self, workers: Sequence[Any], rewards: Sequence[Any]):
+    def __init__(self, config: Config, workers: Sequence[Any], rewards: Sequence[Any], quarantined: Sequence[str] = ()):
         super().__init__()
-        self._workers, self._rewards = list(workers), list(rewards)
-        self._next_worker = itertools.cycle(range(len(self._workers)))
-        self._next_reward = itertools.cycle(range(len(self._rewards)))
+        self._faults = config.faults
+        self._workers, self._rewards = WorkerPool(workers), list(rewards)
+        self._next_reward = itertools.count()
+        self._reward_model: str | None = None
+        self._quarantined = set(quarantined)
         self.progress = (0, 0)
 
-    async def play(self, requests: Sequence[GroupRequest], sampling: Sampling) -> Played:
-        """Have every group played and scored. A failure of ours is played again; a failing task is dropped, loudly.
+    async def use(self, workers: Sequence[Any], rewards: Sequence[Any]) -> None:
+        """From now on these. Returns when no group is under way at another worker."""
+        self._rewards = list(rewards)
+        await self._workers.use(workers)
 
-        Raises LostGroup when the same group is lost to failures of ours more than the budget allows.
+    async def use_reward_model(self, path: str) -> None:
+        """From now on a reward model, a folder, gives the reward. Raises what loading it does."""
+        await asyncio.gather(*(r.load.remote(path) for r in self._rewards))
+        self._reward_model = path
+
+    async def play(self, requests: Sequence[GroupRequest], sampling: Sampling) -> Played:
+        """Have every group played and scored. A failure of ours is made good; a failing task is dropped, loudly.
+
+        Raises the failure of ours that lasts longer than faults.patience_s.
         """
         self._calls["play"] += 1
         self.progress = (0, len(requests))
         tally = _Tally()
         results = await asyncio.gather(*(self._group(r, sampling, tally) for r in requests))
         groups = [r for r in results if isinstance(r, Group)]
-        dropped = [r for r in results if isinstance(r, tuple)]
+        dropped = [r for r in results if isinstance(r, Dropped)]
         return Played(groups, dropped, tally.replayed, tally.reward_s)
 
-    async def _group(self, request: GroupRequest, sampling: Sampling, tally: "_Tally") -> Group | tuple[str, str]:
-        for attempt in range(_INFRA_BUDGET):
-            worker = self._workers[next(self._next_worker)]
+    async def _group(self, request: GroupRequest, sampling: Sampling, tally: "_Tally") -> Group | Dropped:
+        """Played and scored, or why not."""
+        task = request.task.id
+        if task in self._quarantined:
+            return Dropped(task, "it is quarantined", quarantined=True)
+        attempts = self._faults.attempts
+        failures = deaths = lost = 0
+        given_up = time.monotonic() + self._faults.patience_s
+        while True:
+            # What dies with every worker that plays it must not take others' episodes with it.
+            alone = 0 < deaths == attempts - 1
             try:
-                summaries, episodes, trajectories = worker.play.options(num_returns=3).remote(request, sampling)
-                known = await summaries
-                scores = await self._score(episodes, tally)
-            except RayActorError:  # INFRA: a process of ours died
-                tally.replayed += 1
-                await asyncio.sleep(random.uniform(0.5, 1.5) * 2**attempt)
+                async with self._workers.one(alone) as worker:
+                    summaries, episodes, trajectories = worker.play.options(num_returns=3).remote(request, sampling)
+                    try:
+                        known = await within(self._faults.deadline_s, summaries)
+                    except Stuck:
+                        ray.cancel(summaries)
+                        raise
+                scores = await self._scores(episodes, tally)
+            except Exception as error:
+                infra = is_infra(error)
+                tally.replayed += infra
+                deaths += is_death(error)
+                if is_death(error) and alone:
+                    self._quarantined.add(task)
+                    return Dropped(task, f"its environment ended the rollout worker {deaths} times", quarantined=True)
+                failures += not infra or isinstance(error, Stuck)  # stuck: most likely the task's own environment
+                if failures == attempts:
+                    return Dropped(task, named(error))
+                if infra and time.monotonic() > given_up:
+                    raise
+                log.warning("the group of task %s failed, and is played again: %s", task, named(error))
+                await asyncio.sleep(backoff(lost))
+                lost += 1
                 continue
-            except RayTaskError as error:
-                if isinstance(error.cause, RayActorError):  # a generator died under the worker
-                    tally.replayed += 1
-                    continue
-                return request.task.id, f"{type(error.cause).__name__}: {error.cause}"  # DATA
             self.progress = (self.progress[0] + 1, self.progress[1])
             return Group(request, known, scores, episodes, trajectories)
-        raise LostGroup(
-            f"the group of task {request.task.id!r} was lost {_INFRA_BUDGET} times to dying processes; see logs/"
-        )
 
-    async def _score(self, episodes: Any, tally: "_Tally") -> list[Score]:
-        reward = self._rewards[next(self._next_reward)]
+    async def _scores(self, episodes: Any, tally: "_Tally") -> list[Score]:
+        """By whichever grader lives. Raises what the reward function itself raises."""
         started = time.perf_counter()
-        scores = await reward.score.remote(episodes)
+        attempts = 0
+
+        async def score(attempt: int) -> list[Score]:
+            nonlocal attempts
+            attempts += 1
+            reward = self._rewards[next(self._next_reward) % len(self._rewards)]
+            return await reward.score.remote(episodes, self._reward_model)
+
+        scores = await tried(score, self._faults)
+        tally.replayed += attempts - 1
         tally.reward_s += time.perf_counter() - started
         return scores
 
@@ -120,19 +164,18 @@ class Buffer(Role):
     ) -> list[Any]:
         """Refs of lists of examples: demonstrations, played by the workers' scripted policy."""
         parts = [tasks[i : i + chunk] for i in range(0, len(tasks), chunk)]
-        refs = [
-            self._workers[i % len(self._workers)].demonstrate.remote(part, guess_fraction)
-            for i, part in enumerate(parts)
-        ]
-        self.progress = (0, len(refs))
-        for ref in refs:
-            await asyncio.to_thread(ray.wait, [ref], fetch_local=False)
-            self.progress = (self.progress[0] + 1, len(refs))
-        return refs
+        self.progress = (0, len(parts))
+
+        async def part(number: int) -> Any:
+            ref = await self._examples("demonstrate", parts[number], guess_fraction)
+            self.progress = (self.progress[0] + 1, len(parts))
+            return ref[0]
+
+        return list(await asyncio.gather(*(part(i) for i in range(len(parts)))))
 
     async def encoded_rows(self, path: str, stage: ExampleStage) -> list[Any]:
         """Refs of lists of examples, from a file of one's own."""
-        return [self._workers[0].encode_rows.remote(path, stage)]
+        return [(await self._examples("encode_rows", path, stage))[0]]
 
     async def build(
         self, stage: ExampleStage, round_number: int, groups: Sequence[Group], again: Mapping[int, Group]
@@ -141,9 +184,27 @@ class Buffer(Role):
         tasks = [g.request.task for g in groups]
         sampled = [(g.episodes, g.scores) for g in groups]
         repeated = {i: (g.episodes, g.scores) for i, g in again.items()}
-        worker = self._workers[0]
-        examples, sources = worker.build.options(num_returns=2).remote(stage, round_number, tasks, sampled, repeated)
-        return [examples], await sources
+        examples, sources = await self._examples("build", stage, round_number, tasks, sampled, repeated)
+        return [examples], sources
+
+    async def shown(self, tasks: Sequence[Task]) -> list[str]:
+        """What each task's demonstration says."""
+
+        async def call(attempt: int) -> list[str]:
+            async with self._workers.one(alone=False) as worker:
+                return await worker.shown.remote(tasks)
+
+        return await tried(call, self._faults)
+
+    async def _examples(self, method: str, *arguments: Any) -> tuple[Any, Any]:
+        """A ref of what a worker makes, and what it says of it, by whichever worker lives."""
+
+        async def call(attempt: int) -> tuple[Any, Any]:
+            async with self._workers.one(alone=False) as worker:
+                examples, told = getattr(worker, method).options(num_returns=2).remote(*arguments)
+                return examples, await told
+
+        return await tried(call, self._faults)
 
     async def credit(
         self, groups: Sequence[Group], facts: Sequence[GroupFacts], algo: AlgoConfig, max_length: int,

@@ -1,6 +1,7 @@
-"""Starts the roles' actors, and speaks to each role as one: fan out, gather, check."""
+"""Starts the roles' actors, speaks to each role as one, and knows how each is opened again after a restart."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.buffer import Buffer
-from actors.generator import Generator, Loaded
+from actors.faults import backoff, cause_of, is_infra, tried, within
+from actors.generator import UNPUBLISHED, Generator, Loaded
 from actors.learner import LearnerRank, StepResult, What
-from actors.placement import Placement
+from actors.learner_group import LearnerGroup
+from actors.placement import Placement, inherited
 from actors.reference import Reference
+from actors.replica_health import ReplicaHealth
 from actors.reward import Reward
-from actors.role import bound_threads
+from actors.role import bound_threads, remote_class
 from actors.rollout import RolloutWorker
-from actors.weight_store import Published, WeightStore
+from actors.supervisor import Supervisor
+from actors.weight_store import OtherWeights, Published, UnknownVersion, WeightStore
 from rl.config import Config
 from rl.gradient import Sums, add_sums
 
@@ -25,6 +31,8 @@ log = logging.getLogger("repertory")
 _MANY_CALLS = 4096
 """Far above what is admitted: waiting requests must not shut a load out."""
 _PROBE_LENGTH = 128
+_FOR_EVER = -1
+_STATUS_S = 10.0
 
 
 @dataclass
@@ -36,13 +44,24 @@ class Company:
     store_name: str
     namespace: str
     device: str
+    supervisor: Supervisor
+    quarantined: Sequence[str] = ()
+    version: int = -1
+    """The newest that was published: what a generator that comes late must have."""
     store: Any = None
     buffer: Any = None
     generators: list[Any] = field(default_factory=list)
     workers: list[Any] = field(default_factory=list)
     rewards: list[Any] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)
-    ranks: list[Any] = field(default_factory=list)
+    learner: LearnerGroup = field(init=False)
+    health: ReplicaHealth = field(init=False)
+    _model: str = ""
+    _published: tuple[int, What, tuple[str, ...]] | None = None
+    """Step, what and checksums of the newest version."""
+    _base: tuple[str, int] | None = None
+    """The store's life, and the learner's, that know the base which adapters are published for."""
+    _publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def start(self, initial: Path, resume: Path | None) -> Path:
         """Start every role on the newest checkpoint or else the initial model; returns when all are open.
@@ -50,38 +69,32 @@ class Company:
         The learner holds the model then, and nothing is published yet. Returns the initial model's folder: `initial`,
         when it was made there.
         """
-        c, free = self.config, {"num_cpus": 0, "runtime_env": {"env_vars": bound_threads(1)}}
-        self.store = ray.remote(WeightStore).options(name=self.store_name, namespace=self.namespace, **free).remote()
-        generator = ray.remote(Generator)
-        self.generators = [
-            generator.options(**self.placement.options("generator", i, max_concurrency=_MANY_CALLS)).remote(
-                c, self.device, self.store_name, self.namespace
-            )
-            for i in range(c.generator.count)
-        ]
-        worker = ray.remote(RolloutWorker)
-        self.workers = [
-            worker.options(**self.placement.options("rollout", i, max_concurrency=_MANY_CALLS)).remote(
-                c, self.generators
-            )
-            for i in range(c.rollout.count)
-        ]
-        self.rewards = self._each(Reward, "reward", c.reward_actor.count, c)
+        c = self.config
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        free = {
+            "num_cpus": 0,
+            "max_concurrency": _MANY_CALLS,
+            "scheduling_strategy": here,
+            "runtime_env": {"env_vars": {**bound_threads(1), **inherited()}},
+        }
+        store = remote_class(WeightStore)
+        self.store = store.options(
+            name=self.store_name, namespace=self.namespace, max_restarts=_FOR_EVER, **free
+        ).remote()
+        self.generators = [self._make("generator", i) for i in range(c.generator.count)]
+        self.workers = [self._make("rollout", i) for i in range(c.rollout.count)]
+        self.rewards = [self._make("reward", i) for i in range(c.reward_actor.count)]
         if c.needs_reference:
-            self.references = self._each(Reference, "reference", c.reference.count, c, self.device)
-        buffer = ray.remote(Buffer).options(max_concurrency=_MANY_CALLS, **free)
-        self.buffer = buffer.remote(self.workers, self.rewards)
-        rank = ray.remote(LearnerRank)
-        self.ranks = [
-            rank.options(**self.placement.options("learner", i)).remote(c, self.device, i)
-            for i in range(c.learner.count)
-        ]
+            self.references = [self._make("reference", i) for i in range(c.reference.count)]
+        # Started again it would have lost every trajectory: when it dies, the run goes on from its newest checkpoint.
+        self.buffer = remote_class(Buffer).options(**free).remote(c, self.workers, self.rewards, self.quarantined)
+        ranks = [self._make("learner", i) for i in range(c.learner.count)]
+        self.learner = LearnerGroup(ranks, c.faults, self.supervisor)
         # A learner imports what making a model takes anyway.
-        made = await self.ranks[0].prepare_model.remote(str(initial))
+        made = await ranks[0].prepare_model.remote(str(initial))
         model = str(resume or made)
         await asyncio.gather(*(w.open.remote(model) for w in self.workers))
         probe = await self.workers[0].probe.remote(min(_PROBE_LENGTH, c.model.max_length - 1))
-        host, port = await self.ranks[0].address.remote()
         log.info("the model and the rollout workers are ready")
 
         async def ready(role: str, call: Any) -> None:
@@ -89,55 +102,176 @@ class Company:
             log.info("%s is ready", role)
 
         await asyncio.gather(
-            *(ready("learner", r.open.remote(model, probe, host, port)) for r in self.ranks),
+            ready("learner", self.learner.open(model, probe)),
             *(ready("generator", g.open.remote(model)) for g in self.generators),
-            *(ready("reference", r.open.remote(model)) for r in self.references),
+            *(ready("reference", r.load.remote(model)) for r in self.references),
             *(ready("reward", r.status.remote()) for r in self.rewards),
         )
+        # The checkpoint may be deleted while the run goes on. What is opened again gets its weights from elsewhere.
+        self._model = made
+        self.learner.reopens_on(made)
+        self._supervise()
         return Path(made)
 
-    def _each(self, cls: type, role: str, count: int, *arguments: Any) -> list[Any]:
-        actor = ray.remote(cls)
-        return [actor.options(**self.placement.options(role, i)).remote(*arguments) for i in range(count)]
+    def _make(self, role: str, index: int) -> Any:
+        """One actor of a role, in its place."""
+        c = self.config
+        cls, arguments, more = {
+            "generator": (Generator, (c, self.device, self.store_name, self.namespace), _MANY_CALLS),
+            "rollout": (RolloutWorker, (c, self.generators), _MANY_CALLS),
+            "reward": (Reward, (c,), None),
+            "reference": (Reference, (c, self.device), None),
+            "learner": (LearnerRank, (c, self.device, index), None),
+        }[role]
+        concurrency = {"max_concurrency": more} if more else {}
+        options = self.placement.options(role, index, max_restarts=_FOR_EVER, **concurrency)
+        return remote_class(cls).options(**options).remote(*arguments)
 
-    async def publish(self, version: int, step: int, what: What) -> Published:
-        return await self.store.publish.remote(version, step, self.ranks, what)
+    # -- what is opened again --------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        for generator in self.generators:
+            self._keep_generator(generator)
+        for worker in self.workers:
+            self._keep_worker(worker)
+        self.supervisor.keep("store", self.store, self._refill_store)
+        self.supervisor.keep("buffer", self.buffer, None)
+        loop = asyncio.get_running_loop()
+
+        def restarted(role: str, error: BaseException) -> None:
+            loop.call_soon_threadsafe(self.supervisor.noticed, role, error)
+
+        self.health = ReplicaHealth(self.config.faults, restarted)
+        self.health.use("reward", self.rewards)
+        self.health.use("reference", self.references)
+        self.health.start()
+
+    def _keep_generator(self, generator: Any) -> None:
+        self.supervisor.keep("generator", generator, lambda: self._open_generator(generator))
+
+    def _keep_worker(self, worker: Any) -> None:
+        self.supervisor.keep("rollout", worker, lambda: self._open_worker(worker))
+
+    async def _open_generator(self, generator: Any) -> None:
+        """It takes no turn before it has the newest version."""
+        await generator.open.remote(self._model, late=True)
+        loaded = await generator.start.remote()
+        # What was published since it asked did not reach it: it was not there to be told.
+        while loaded not in (self.version, UNPUBLISHED):
+            loaded = (await generator.load.remote(self.version)).version
+
+    async def _open_worker(self, worker: Any) -> None:
+        await worker.use.remote(self.generators)
+        await worker.open.remote(self._model)
+
+    async def _refill_store(self) -> None:
+        """Have the newest version published again, if the learner still holds it; else the next one is on its way."""
+        await self.store.ping.remote()
+        async with self._publishing:
+            if self._published is None or not self.learner.holds_the_published:
+                return
+            step, what, checksums = self._published
+            if what == "adapter":
+                return  # its base is lost with it, and both are published by the stage's next publish
+            try:
+                await self.store.publish.remote(self.version, step, self.learner.ranks, what, checksums)
+            except Exception as error:
+                if not isinstance(cause_of(error), OtherWeights | ValueError):
+                    raise
+                log.info("the store stays empty until the next publish: %s", cause_of(error))
+
+    # -- each role as one ------------------------------------------------------------------------------------------
+
+    async def publish(self, first: int, step: int, what: What) -> tuple[Published, list[Loaded]]:
+        """The learner's weights under a number from `first` on, loaded and proven by every generator that lives.
+
+        A number that a failure has spoilt is never used again.
+        """
+        async with self._publishing:
+            if what == "adapter" and self._base != await self._base_life():
+                published, _ = await self._publish(first, step, "base")
+                first = published.version + 1
+            return await self._publish(first, step, what)
+
+    async def _publish(self, first: int, step: int, what: What) -> tuple[Published, list[Loaded]]:
+        faults = self.config.faults
+        for version in itertools.count(first):
+            lives = self.learner.lives
+            try:
+                base_life = await self._base_life()
+                call = self.store.publish.remote(version, step, self.learner.ranks, what)
+                published: Published = await within(faults.deadline_s, call)
+                self.version, self._published = version, (step, what, published.checksums)
+                self.learner.published(published.checksums, what)
+                if what == "base":
+                    self._base = base_life
+                await self.time_share("generate")
+                return published, await self.load(version)
+            except Exception as error:
+                if not is_infra(error):
+                    raise
+                log.warning("version %d was not published: %s", version, cause_of(error))
+                if not isinstance(cause_of(error), UnknownVersion):
+                    await self.learner.mend_if_broken(lives, error)
+                await asyncio.sleep(backoff(version - first))
+        raise AssertionError("the loop does not end")
+
+    async def _base_life(self) -> tuple[str, int]:
+        return await tried(lambda _: self.store.ping.remote(), self.config.faults), self.learner.lives
 
     async def load(self, version: int) -> list[Loaded]:
-        """Every generator swaps to `version` and proves it; none gets work before it has."""
-        return list(await asyncio.gather(*(g.load.remote(version) for g in self.generators)))
+        """Every generator swaps to `version` and proves it; none gets work before it has.
+
+        One that is being started again catches up by itself. Raises UnknownVersion when the store has lost it.
+        """
+        faults = self.config.faults
+        calls = [within(faults.deadline_s, g.load.remote(version)) for g in self.generators]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        loaded = [r for r in results if isinstance(r, Loaded)]
+        for result in results:
+            if isinstance(result, BaseException):
+                cause = cause_of(result)
+                if not is_infra(result) or isinstance(cause, UnknownVersion):
+                    raise result
+                log.warning("a generator did not load version %d: %s", version, cause)
+        return loaded
 
     async def step(self, method: str, *arguments: Any) -> tuple[Sums, StepResult]:
         """One optimizer step of every rank: `example_step` or `rl_step`."""
-        return _combine(await self.all_ranks(method, *arguments))
+        return _combine(await self.learner.tell(method, *arguments))
 
-    async def reference_columns(self, groups: Sequence[Any], temperature: float) -> list[Any]:
-        """Refs of {"reference": float32 [T]} of each trajectory; the i-th of n has every n-th group from i on."""
-        count = len(self.references)
-        refs = [r.columns.remote(list(groups[i::count]), temperature) for i, r in enumerate(self.references)]
-        await asyncio.to_thread(ray.wait, refs, num_returns=count, fetch_local=False)
-        return refs
+    async def reference_columns(self, path: str, groups: Sequence[Any], temperature: float) -> list[Any]:
+        """Refs of {"reference": float32 [T]} of each trajectory under the model in the folder `path`.
+
+        The i-th of n has every n-th group from i on.
+        """
+        n = min(len(self.references), len(groups))
+        calls = [self._by_a_reference(i, "columns", path, list(groups[i::n]), temperature) for i in range(n)]
+        return list(await asyncio.gather(*calls))
 
     async def learner_columns(self, groups: Sequence[Any], temperature: float, wanted: Sequence[str]) -> list[Any]:
         """The same by the learner's ranks: proximal, values, or the reference with the adapter off."""
-        refs = [rank.score.remote(list(groups), temperature, wanted) for rank in self.ranks]
-        await asyncio.to_thread(ray.wait, refs, num_returns=len(refs), fetch_local=False)
-        return refs
+        return await self.learner.refs("score", list(groups), temperature, wanted)
 
-    async def reference_examples(self, examples: Sequence[Any]) -> list[Any]:
+    async def reference_examples(self, path: str, examples: Sequence[Any]) -> list[Any]:
         """Refs of the reference's log-probs of the examples; the i-th of n has every n-th example from i on."""
-        count = len(self.references)
-        return [r.example_logprobs.remote(list(examples), i, count) for i, r in enumerate(self.references)]
+        n = len(self.references)
+        calls = [self._by_a_reference(i, "example_logprobs", path, list(examples), i, n) for i in range(n)]
+        return list(await asyncio.gather(*calls))
+
+    async def _by_a_reference(self, first: int, method: str, *arguments: Any) -> Any:
+        """A ref of the first return value of a replica's method, by whichever replica lives."""
+
+        async def call(attempt: int) -> Any:
+            replica = self.references[(first + attempt) % len(self.references)]
+            ref, told = getattr(replica, method).options(num_returns=2).remote(*arguments)
+            await told
+            return ref
+
+        return await tried(call, self.config.faults)
 
     async def use_reward_model(self, path: str) -> None:
-        await asyncio.gather(*(r.load.remote(path) for r in self.rewards))
-
-    async def freeze(self, path: str) -> None:
-        """The reference actors are from now on the model at `path`."""
-        await asyncio.gather(*(r.load.remote(path) for r in self.references))
-
-    async def all_ranks(self, method: str, *arguments: Any) -> list[Any]:
-        return list(await asyncio.gather(*(getattr(r, method).remote(*arguments) for r in self.ranks)))
+        await self.buffer.use_reward_model.remote(path)
 
     async def time_share(self, to: str) -> None:
         """`generate` or `learn`: who has the GPUs. Nothing to do unless placement.time_share is set."""
@@ -145,14 +279,22 @@ class Company:
             return
         if to == "learn":
             await asyncio.gather(*(g.sleep.remote() for g in self.generators))
-            await self.all_ranks("move", "device")
+            await self.learner.ask("move", "device")
         else:
-            await self.all_ranks("move", "host")
+            await self.learner.ask("move", "host")
             await asyncio.gather(*(g.wake_up.remote() for g in self.generators))
 
     async def statuses(self) -> list[dict[str, Any]]:
-        actors = [*self.generators, *self.workers, *self.rewards, *self.references, *self.ranks, self.buffer]
-        return list(await asyncio.gather(*(a.status.remote() for a in actors)))
+        """Of every actor that answers."""
+        actors = [*self.generators, *self.workers, *self.rewards, *self.references, *self.learner.ranks]
+        calls = [within(_STATUS_S, a.status.remote()) for a in [*actors, self.store, self.buffer]]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        return [status for status in found if isinstance(status, dict)]
+
+    def close(self) -> None:
+        self.supervisor.close()
+        if self.references or self.rewards:
+            self.health.close()
 
 
 def _combine(results: Sequence[StepResult]) -> tuple[Sums, StepResult]:

@@ -6,6 +6,7 @@ Synchronous: a stage's loop waits for each of its arrows in turn, and is unblock
 summaries, scores and references to trajectories, never a token. Compare rl/loop.py, the same algorithm on one page.
 """
 
+import asyncio
 import json
 import logging
 import time
@@ -15,15 +16,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from actors.buffer import Group, Played
+from actors.buffer import Dropped, Group, Played
 from actors.company import Company
 from actors.example_stage import ExampleLoop
 from actors.learner import StepResult, What
+from actors.learner_group import Call
 from actors.placement import Placement
 from actors.rl_stage import RlLoop
-from actors.role import Role
+from actors.role import AsyncRole
 from actors.run_folder import lock_for_writing
 from actors.status import Status
+from actors.supervisor import Supervisor
 from rl import checkpoint
 from rl.algo.schedule import learning_rate
 from rl.checkpoint import State
@@ -45,15 +48,17 @@ class Stopped(Exception):
     """Somebody wants the run to end before its last stage."""
 
 
-class Controller(Role):
+class Controller(AsyncRole):
     role = "controller"
 
-    def __init__(self, config: Config, run: str, device: str, namespace: str, resume: bool):
+    def __init__(self, config: Config, run: str, device: str, namespace: str, resume: bool, before: str = ""):
+        """before: why the run had a controller before this one."""
         super().__init__()
         self.config, self.folder, self._device, self._namespace = config, Path(run), device, namespace
         self._lock = lock_for_writing(self.folder)
         self.stopping = False
         self._messages: list[str] = []
+        self._goes_on, self._before = resume, before
         self._resume = checkpoint.newest(self.folder, self._messages.append) if resume else None
         self._busy: dict[str, int] = {}
         self.timing: dict[str, float] = {}
@@ -64,13 +69,35 @@ class Controller(Role):
         self.slowest: StepResult | None = None
         self._publishes: What = "all"
         self.state = checkpoint.read_state(self._resume) if self._resume else State(0, 0, 0, -1, 0)
+        if resume:  # what was published after the checkpoint had numbers too
+            used = [line["version"] for line in read_lines(self.folder / "versions.jsonl")]
+            self.state = replace(self.state, version=max([self.state.version, *used]))
         earlier = [s for s in config.stages[: self.state.stage] if s.kind != "eval"]
         self._trained = earlier[-1] if earlier else None
 
     # -- a run ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> bool:
-        """Play the configuration's stages, from the start or from the newest checkpoint. False: it was stopped."""
+        """Play the configuration's stages, from the start or from the newest checkpoint. False: it was stopped.
+
+        Raises what nobody could make good: the driver goes on from the newest checkpoint if it was a failure of ours.
+        """
+        self.supervisor = Supervisor(self.config.faults, self.say)
+        if self._before:
+            self.say(f"the run goes on from its newest checkpoint: {self._before}")
+            self.supervisor.ledger.count("controller")
+        stages = asyncio.ensure_future(self._play_stages())
+        try:
+            await asyncio.wait({stages, self.supervisor.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not stages.done():
+                self.supervisor.failed.result()
+            return await stages
+        finally:
+            self.company.close()
+            stages.cancel()
+            await asyncio.gather(stages, return_exceptions=True)
+
+    async def _play_stages(self) -> bool:
         await self._start()
         try:
             first = self.state.stage
@@ -121,15 +148,19 @@ class Controller(Role):
         self._sinks = Sinks(self.folder, config, resume=self._resume is not None)
         placement = await Placement.make(config)
         log.info("the cluster has room for every role")
-        self.company = Company(config, placement, f"weights-{config.run.name}", self._namespace, self._device)
+        store = f"weights-{config.run.name}"
+        self.company = Company(
+            config, placement, store, self._namespace, self._device, self.supervisor, self.state.quarantined
+        )
         with self.working("starting"):
             self._initial = await self.company.start(self.folder / "initial", self._resume)
-        if self._resume:
+        if self._goes_on:
             forget_after(self.folder, self.state.step, self.state.stage)
+        if self._resume:
             checkpoint.set_aside_after(self.folder, self.state.step)
             done = read_lines(self.folder / "metrics.jsonl")
             self._born -= done[-1]["time_s"] if done else 0.0  # `time_s` goes on counting
-            await self.company.all_ranks("restore", str(self._resume))
+            await self.company.learner.tell("restore", str(self._resume))
             self.say(f"resumed from {self._resume.name}")
         if (scores_with := self._reward_model()) is not None:
             await self.company.use_reward_model(str(scores_with))
@@ -184,10 +215,10 @@ class Controller(Role):
         with self.timed("generate"), self.working("generator"):
             played: Played = await self.company.buffer.play.remote(requests, sampling)
         self.timing["reward"] = self.timing.get("reward", 0.0) + played.reward_s
-        for task, cause in played.dropped:
-            self.say(f"dropped task {task}: {cause}")
+        for dropped in played.dropped:
+            self.drop(dropped)
         if not played.groups:
-            raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1][1]}")
+            raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1].cause}")
         return played
 
     async def play_one(self, request: GroupRequest, temperature: float) -> Played:
@@ -201,8 +232,8 @@ class Controller(Role):
         branches = stage.start is not None and resume is None
         if branches:
             self.state = replace(self.state, stage_start=self.state.ends[str(stage.start)])
-            await self.company.all_ranks("restore", str(self._stage_start()))
-        await self.company.all_ranks("begin_stage", index, stage, str(self._stage_start()), resume)
+            await self.company.learner.tell("restore", str(self._stage_start()))
+        await self.company.learner.tell("begin_stage", index, stage, str(self._stage_start()), resume)
         lora = self.config.learner.lora
         self._publishes = "all"
         if lora and lora.publish == "adapter" and not isinstance(stage, RewardModelStage):
@@ -228,29 +259,49 @@ class Controller(Role):
         await self._publish_as(self._publishes)
 
     async def _publish_as(self, what: What) -> None:
-        version = self.state.version + 1
-        with self.timed("publish"), self.working("store"):
-            published = await self.company.publish(version, self.state.step, what)
-            await self.company.time_share("generate")
-            loaded = await self.company.load(version)
+        with self.timed("publish"), self.working("store"), self.calling("publish"):
+            published, loaded = await self.company.publish(self.state.version + 1, self.state.step, what)
+        version = published.version
         self.state = replace(self.state, version=version)
+        self._sinks.version({"version": version, "step": self.state.step, "what": what, **asdict(published)})
         self._probe = {
             "publish/transfer_s": published.prepare_s + published.transfer_s,
-            "publish/load_s": max(x.load_s for x in loaded),
+            "publish/load_s": max((x.load_s for x in loaded), default=0.0),
             "publish/bytes": float(published.nbytes),
-            "mismatch/probe_mean_diff": max(x.probe_mean_diff for x in loaded),
+            "mismatch/probe_mean_diff": max((x.probe_mean_diff for x in loaded), default=0.0),
         }
         log.info("published version %d: %s; loaded: %s", version, published, loaded)
 
     async def checkpoint(self) -> None:
         """Everything a resumed run needs, complete or absent. Where this stage and later ones start is kept."""
-        with self.working("checkpoint"), checkpoint.writing(self.folder, self.state.step) as folder:
-            await self.company.all_ranks("save", str(folder))
+        started = time.perf_counter()
+        writing = checkpoint.writing(self.folder, self.state.step)
+        with self.working("checkpoint"), self.calling("checkpoint"), writing as folder:
+            await self.company.learner.ask("save", str(folder))
             (folder / "repertory.yaml").write_text(dump_config(self.config))
             checkpoint.write_state(folder, self.state)
+        self._saved(time.perf_counter() - started)
         starts = {stage.start for stage in self.config.stages[self.state.stage + 1 :] if stage.kind != "eval"}
         needed = [self.state.stage_start, *(end for i, end in self.state.ends.items() if int(i) in starts)]
         checkpoint.prune(self.folder, self.config.run.keep_checkpoints, {Path(p).name for p in needed})
+
+    def _saved(self, seconds: float) -> None:
+        """The learner's journal begins anew, at the checkpoint."""
+        folder = self.folder / "checkpoints" / f"step={self.state.step}"
+        log.info("checkpoint %s took %.2f s", folder.name, seconds)
+        stage = self.config.stages[self.state.stage]
+        begin: list[Call] = []
+        if self.state.stage_step < self._stage_steps:
+            assert stage.kind != "eval"
+            begin = [("begin_stage", (self.state.stage, stage, str(self._stage_start()), str(folder)))]
+        self.company.learner.saved(folder, *begin)
+
+    def drop(self, dropped: Dropped) -> None:
+        """A task is not played any more: say which and why, and end the run when there are too many."""
+        self.say(f"{'quarantined' if dropped.quarantined else 'dropped'} task {dropped.task}: {dropped.cause}")
+        if dropped.quarantined and dropped.task not in self.state.quarantined:
+            self.state = replace(self.state, quarantined=[*self.state.quarantined, dropped.task])
+        self.supervisor.ledger.data(dropped.task, dropped.cause)
 
     def advance(self, kind: str, metrics: dict[str, float]) -> None:
         """A step is done: count it and write its line."""
@@ -269,6 +320,7 @@ class Controller(Role):
             "time_s": time.perf_counter() - self._born,
             **metrics,
             **(self._probe if kind == "rl" else {}),
+            **self.supervisor.ledger.told(),
             **{f"timing_s/{k}": v for k, v in self.timing.items()},
         }
         self._sinks.metrics(line)

@@ -21,7 +21,8 @@ class Display:
     def __init__(self, console: Console):
         self._console = console
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._last_line, self._last_stage, self._said = 0.0, "", 0
+        self._last_line, self._last_stage = 0.0, ""
+        self._said: set[str] = set()
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -33,9 +34,10 @@ class Display:
             self._live.stop()
 
     def update(self, status: Status) -> None:
-        for message in status.messages[self._said :]:
-            self._console.print(f"[yellow]![/] {escape(message)}", highlight=False, soft_wrap=True)
-        self._said = len(status.messages)
+        for message in status.messages:
+            if message not in self._said:
+                self._console.print(f"[yellow]![/] {escape(message)}", highlight=False, soft_wrap=True)
+                self._said.add(message)
         if self._live:
             self._live.update(self._panel(status))
             return

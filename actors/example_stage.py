@@ -44,7 +44,7 @@ class ExampleLoop:
         first, inside = divmod(run.state.stage_step, stage.steps)
         for number in range(first, stage.rounds):
             if number and not inside:
-                await run.company.all_ranks("begin_round", number)
+                await run.company.learner.tell("begin_round", number)
             await self.round(number, inside)
             inside = 0
             if number + 1 < stage.rounds:
@@ -64,7 +64,7 @@ class ExampleLoop:
         run, stage = self.run, self.stage
         run.timing.clear()
         refs = await self.examples(number)
-        held = min(await run.company.all_ranks("hold", refs, bool(stage.mix_previous)))
+        held = min(await run.company.learner.tell("hold", refs, bool(stage.mix_previous)))
         self.counts = [held, self.counts[0]]
         mixed = round(stage.batch_size * stage.mix_previous) if self.counts[1] else 0
         what = "pairs" if isinstance(stage, PairStage) else "demonstrations"
@@ -157,7 +157,7 @@ class ExampleLoop:
         failed = [i for i, g in enumerate(groups) if not any(s.success for s in g.scores)]
         if not failed:
             return {}
-        shown = await self.run.company.workers[0].shown.remote([groups[i].request.task for i in failed])
+        shown = await self.run.company.buffer.shown.remote([groups[i].request.task for i in failed])
         requests = [
             replace(groups[i].request, attempt=1, condition=PARAPHRASE.format(shown=text))
             for i, text in zip(failed, shown, strict=True)
@@ -174,18 +174,17 @@ class ExampleLoop:
             return
         with run.timed("reference"):
             if run.config.stage_needs_reference(stage):
-                await run.company.freeze(run.reference_path())
                 with run.working("reference"):
-                    parts = await run.company.reference_examples(refs)
+                    parts = await run.company.reference_examples(run.reference_path(), refs)
             else:
                 with run.working("learner"):
-                    parts = [rank.score_held.remote(stage.reference == "stage_start") for rank in run.company.ranks]
-            await run.company.all_ranks("hold_references", parts)
+                    parts = await run.company.learner.refs("score_held", stage.reference == "stage_start")
+            await run.company.learner.tell("hold_references", parts)
 
     async def install_reward_model(self) -> None:
         """Save the reward model, and have the reward actors use it if the configuration says so."""
         run = self.run
         folder = run.folder / "reward_model"
-        await run.company.all_ranks("save_values", str(folder))
+        await run.company.learner.ask("save_values", str(folder))
         if run.config.reward.model == "trained":
             await run.company.use_reward_model(str(folder))

@@ -9,16 +9,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from actors.generator_pool import Answers, AskedTurn
-from actors.role import Role
+from actors.role import AsyncRole, NotOpen
 from rl.config import Config
 from rl.policy import Completion
 from rl.weights import Manifest, unpack
+
+if TYPE_CHECKING:
+    from rl.engine import Engine
 
 UNPUBLISHED = -1
 """The version of an engine that has loaded nothing from the store: its own file's weights are nobody's version."""
@@ -68,8 +71,11 @@ class _Outgoing:
         return answers
 
 
-class Generator(Role):
-    """Samples completions. May die between any two calls; holds nothing that cannot be rebuilt."""
+class Generator(AsyncRole):
+    """Samples completions. May die between any two calls; holds nothing that cannot be rebuilt.
+
+    Turns that are asked for before it has the newest weights wait for them.
+    """
 
     role = "generator"
 
@@ -77,14 +83,16 @@ class Generator(Role):
         super().__init__()
         self._config, self._device, self._store, self._namespace = config, device, store, namespace
         self._outgoing: dict[str, _Outgoing] = {}
+        self._engine: Engine | None = None
+        self._open, self._current = asyncio.Event(), asyncio.Event()
         self._holds: int | None = None
         """The version of the whole weights in the engine, without an adapter."""
         from actors import transfer  # imports vLLM, which takes seconds: here, and only in this process
 
         self._transfer = transfer
 
-    async def open(self, model_path: str) -> None:
-        """Start the engine on a model folder."""
+    async def open(self, model_path: str, late: bool = False) -> None:
+        """Start the engine on a model folder. late: it takes no turn before it has loaded a version."""
         from rl.engine import Engine
         from rl.engine_options import EngineOptions
 
@@ -111,25 +119,49 @@ class Generator(Role):
             ),
             version=UNPUBLISHED,
         )
+        self._open.set()
+        if not late:
+            self._current.set()
+
+    @property
+    def _vllm(self) -> "Engine":
+        if self._engine is None:
+            raise NotOpen("a generator that was started again has no engine yet")
+        return self._engine
+
+    async def until_dead(self) -> None:
+        """Raises EngineError when the engine has died in a process that lives."""
+        await self._open.wait()
+        await asyncio.wrap_future(self._vllm.died)
 
     async def start(self) -> int:
         """Catch up with the store; a generator that starts late or again serves the newest version. Returns it."""
         newest = await self._weights().newest.remote()
-        if newest is not None and newest != self._engine.version:
+        if newest is not None and newest != self._vllm.version:
             await self.load(newest)
-        return self._engine.version
+        return self._vllm.version
+
+    async def ready(self) -> None:
+        """Returns when it takes turns."""
+        await self._current.wait()
 
     async def submit(self, caller: str, turns: Sequence[AskedTurn]) -> None:
         """Sample `turns`; `collect(caller)` answers them as they finish. Raises nothing: an error is an answer."""
+        await self._current.wait()
         self._calls["submit"] += 1
         answers = self._answers_of(caller)
         for turn in turns:
             try:
-                future = self._engine.submit(turn.token_ids.tolist(), turn.sampling)
+                future = self._vllm.submit(turn.token_ids.tolist(), turn.sampling)
             except Exception as error:  # whatever it is, who asked must hear of it
                 answers.put(turn.key, error)
             else:
-                future.add_done_callback(partial(answers.take, turn.key))
+                self._note("turn", "begin")
+                future.add_done_callback(partial(self._answer, answers, turn.key))
+
+    def _answer(self, answers: "_Outgoing", key: int, future: "Future[Completion]") -> None:
+        self._note("turn", "end")
+        answers.take(key, future)
 
     async def collect(self, caller: str) -> Answers:
         """What has finished for `caller` since the last call; waits until something has."""
@@ -146,7 +178,11 @@ class Generator(Role):
 
         Raises WeightSyncError when they differ by more than `weights.probe_bound`.
         """
-        self._calls["load"] += 1
+        with self.calling("load"):
+            return await self._swap(version, policy)
+
+    async def _swap(self, version: int, policy: str | None) -> Loaded:
+        engine = self._vllm
         started = time.perf_counter()
         store = self._weights()
         chosen: Any = policy or self._config.generator.swap
@@ -161,7 +197,7 @@ class Generator(Role):
         finally:
             await store.unpin.remote(version)
         loaded = time.perf_counter()
-        scored = await asyncio.wrap_future(self._engine.score(manifest.probe))
+        scored = await asyncio.wrap_future(engine.score(manifest.probe))
         difference = np.abs(scored - manifest.probe_logprobs)
         mean, largest = float(difference.mean()), float(difference.max())
         bound = self._config.probe_bound
@@ -171,12 +207,13 @@ class Generator(Role):
                 f"the learner's by {mean:.3g} on average (largest {largest:.3g}), above "
                 f"weights.probe_bound = {bound:g}: the engine does not compute with the weights that were published"
             )
+        self._current.set()
         return Loaded(version, loaded - started, time.perf_counter() - loaded, mean, largest)
 
     async def _load_weights(self, manifest: Manifest, policy: Any) -> None:
         where = {"store": self._store, "namespace": self._namespace, "version": manifest.version}
         updates = [{**where, "bucket": i} for i in range(len(manifest.buckets))]
-        await asyncio.wrap_future(self._engine.load(manifest.version, updates, policy))
+        await asyncio.wrap_future(self._vllm.load(manifest.version, updates, policy))
         self._holds = manifest.version
 
     async def _load_adapter(self, manifest: Manifest, policy: Any) -> None:
@@ -191,27 +228,29 @@ class Generator(Role):
             tensors |= dict(unpack(bucket, await ref, manifest.dtype))
         with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
             write_adapter(folder, tensors, lora, self._model_path)
-            await asyncio.wrap_future(self._engine.load_adapter(manifest.version, folder, policy))
+            await asyncio.wrap_future(self._vllm.load_adapter(manifest.version, folder, policy))
 
     def _weights(self) -> Any:
         return ray.get_actor(self._store, namespace=self._namespace)
 
     async def sleep(self) -> None:
-        await asyncio.wrap_future(self._engine.sleep())
+        await asyncio.wrap_future(self._vllm.sleep())
 
     async def wake_up(self) -> None:
-        await asyncio.wrap_future(self._engine.wake_up())
+        await asyncio.wrap_future(self._vllm.wake_up())
 
     async def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        return await asyncio.wrap_future(self._engine.score(token_ids))
+        return await asyncio.wrap_future(self._vllm.score(token_ids))
 
     def status(self) -> dict[str, Any]:
-        hit = self._engine.prefix_hits / max(1, self._engine.prefix_queries)
+        engine = self._engine
+        if engine is None:
+            return super().status()
         return {
             **super().status(),
-            "version": self._engine.version,
-            "in_flight": self._engine.load_in_flight,
-            "prefix_hit_rate": hit,
+            "busy_s": engine.busy_s,
+            "version": engine.version,
+            "in_flight": engine.load_in_flight,
+            "prefix_hits": engine.prefix_hits,
+            "prefix_queries": engine.prefix_queries,
         }
-
-

@@ -9,6 +9,8 @@ together, and everything that has finished since the last answer comes back toge
 
 import asyncio
 import itertools
+import logging
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from actors.faults import Stuck, backoff, is_infra, named
 from rl.policy import Completion, Sampling
 from rl.task import derive_seed
+
+log = logging.getLogger("repertory")
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,83 @@ Answers = list[tuple[int, Completion | BaseException]]
 
 
 class GeneratorPool:
-    """A Policy over generator actors. A session sticks to the generator that holds its prefix.
+    """A Policy over generator actors. A session sticks to the generator that holds its prefix, while that one lives.
 
-    For one event loop. Raises what the generator raises; ray.exceptions.RayActorError when it died.
+    For one event loop. A turn that was lost with its generator is asked for again, at another or at the one that takes
+    its place: that costs a prefill. Raises what the generator raises of itself; Stuck after `patience_s` without any.
     """
 
-    def __init__(self, generators: Sequence[Any]):
-        self._lines = [_Line(generator) for generator in generators]
+    def __init__(self, generators: Sequence[Any], patience_s: float):
+        self._patience_s = patience_s
+        self._lines: list[_Line] = []
+        self._someone = asyncio.Event()
+        self.use(generators)
+
+    def use(self, generators: Sequence[Any]) -> None:
+        """From now on these. Turns under way at others end there."""
+        known = {line.generator: line for line in self._lines}
+        self._lines = [known.get(g) or _Line(g, self._someone) for g in generators]
+        self._someone.set()
 
     async def act(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
-        line = self._lines[derive_seed("session", session) % len(self._lines)]
-        return await line.ask(token_ids, sampling)
+        while True:
+            line = await self._line(session)
+            try:
+                return await line.ask(token_ids, sampling)
+            except Exception as error:
+                if not is_infra(error):
+                    raise
+                line.lost()
+
+    async def _line(self, session: str) -> "_Line":
+        """The session's own generator, or where it is down another, always the same one; waits until there is one."""
+        own = derive_seed("session", session)
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            self._someone.clear()
+            line = self._lines[own % len(self._lines)]
+            if line.up:
+                return line
+            others = [line for line in self._lines if line.up]
+            if others:
+                return others[own % len(others)]
+            try:
+                await asyncio.wait_for(self._someone.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                raise Stuck(f"no generator came back within faults.patience_s = {self._patience_s:g} s") from None
 
 
 class _Line:
     """What one caller has under way at one generator."""
 
-    def __init__(self, generator: Any):
-        self._generator = generator
+    def __init__(self, generator: Any, someone: asyncio.Event):
+        self.generator = generator
+        self.up = True
+        self._someone = someone
         self._caller = uuid.uuid4().hex
         self._keys = itertools.count()
         self._outbox: list[AskedTurn] = []
         self._waiting: dict[int, asyncio.Future[Completion]] = {}
         self._collecting: asyncio.Task[None] | None = None
+        self._returning: asyncio.Task[None] | None = None
+
+    def lost(self) -> None:
+        """Ask nothing of it until it says that it is ready."""
+        if self.up:
+            self.up = False
+            self._returning = asyncio.get_running_loop().create_task(self._return())
+
+    async def _return(self) -> None:
+        for attempt in itertools.count():
+            await asyncio.sleep(backoff(attempt))
+            try:
+                await self.generator.ready.remote()
+            except Exception as error:
+                log.warning("a generator is not back yet: %s", named(error))
+            else:
+                break
+        self.up = True
+        self._someone.set()
 
     async def ask(self, token_ids: Sequence[int], sampling: Sampling) -> Completion:
         loop = asyncio.get_running_loop()
@@ -74,14 +133,14 @@ class _Line:
     def _send(self) -> None:
         turns, self._outbox = self._outbox, []
         # What goes wrong with the message shows in `collect`: both end at the same actor.
-        self._generator.submit.remote(self._caller, turns)
+        self.generator.submit.remote(self._caller, turns)
         if self._collecting is None:
             self._collecting = asyncio.get_running_loop().create_task(self._collect())
 
     async def _collect(self) -> None:
         try:
             while self._waiting:
-                for key, answer in await self._generator.collect.remote(self._caller):
+                for key, answer in await self.generator.collect.remote(self._caller):
                     future = self._waiting.get(key)
                     if future is None or future.done():
                         continue

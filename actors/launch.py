@@ -31,12 +31,15 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
+    from actors.faults import BudgetSpent
+
     folder = config.run.dir.resolve()
     try:
         with owning(folder, resume=resume, overwrite=config.run.overwrite):
             (folder / "config.yaml").write_text(dump_config(config))
-            controller, finished = _start_controller(config, folder, device, resume)
-            whole = _watch(controller, finished, folder, console)
+            whole = _train(config, folder, device, resume, console)
+    except BudgetSpent as error:
+        raise ConfigError(f"{error}\nThe run's log: {folder / 'logs' / 'run.log'}") from None
     except RayTaskError as error:
         raise ConfigError(_cause(error, folder)) from None
     except RayActorError as error:
@@ -52,52 +55,84 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
         console.print(f"\nstopped before its end, as asked: {how}", highlight=False)
 
 
-def _watch(controller: Any, finished: Any, folder: Path, console: Console) -> bool:
-    """Show the run until it ends, and pass on that it is to stop: a file `stop`, SIGTERM, or the first Ctrl-C.
+def _train(config: Config, folder: Path, device: str, resume: bool, console: Console) -> bool:
+    """One controller after the other until one ends the run. Returns whether the run came to its end.
 
-    Returns whether it came to its end.
+    A controller that died, or met a failure of ours that nobody could make good, is followed by another, which goes on
+    from the newest checkpoint. Raises what is no failure of ours, and BudgetSpent.
     """
     import ray
 
     from actors.display import Display
+    from actors.faults import Ledger, is_infra, named
 
-    asked = False
+    ledger, before = Ledger(config.faults), ""
+    with _StopWish(folder) as wish, Display(console) as display:
+        while True:
+            controller, finished = _start_controller(config, folder, device, resume, before)
+            try:
+                return _watch(controller, finished, folder, display, wish, config.faults.heartbeat_s)
+            except Exception as error:
+                if not is_infra(error):
+                    raise
+                ledger.infra("controller", error)
+                before, resume = named(error), True
+                ray.kill(controller)  # and with it what it has started
 
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C ends it at once
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    told = False
-    try:
-        with Display(console) as display:
-            while True:
-                ready, _ = ray.wait([finished], timeout=_POLL_S)
-                status: Any = ray.get(controller.progress.remote())
-                write_status(folder, status)
-                display.update(status)
-                if ready:
-                    return ray.get(finished)
-                if not told and (asked or stop_is_wished(folder)):
-                    told = True
-                    controller.stop.remote()
-    finally:
-        for number, handler in before.items():
+class _StopWish:
+    """Whether the run is to stop: a file `stop`, SIGTERM, or the first Ctrl-C; the second ends it at once."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._asked = folder, False
+
+    def __enter__(self) -> "_StopWish":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def _start_controller(config: Config, folder: Path, device: str, resume: bool) -> tuple[Any, Any]:
+    @property
+    def given(self) -> bool:
+        return self._asked or stop_is_wished(self._folder)
+
+
+def _watch(controller: Any, finished: Any, folder: Path, display: Any, wish: _StopWish, heartbeat_s: float) -> bool:
+    """Show the run until its controller ends, and pass on that it is to stop. Returns whether it came to its end."""
     import ray
 
-    from actors.controller import Controller
-    from actors.role import bound_threads
+    told = False
+    while True:
+        ready, _ = ray.wait([finished], timeout=_POLL_S)
+        whole: Any = ray.get(finished) if ready else None  # or why not, before its progress is asked for
+        status: Any = ray.get(controller.progress.remote(), timeout=heartbeat_s)
+        write_status(folder, status)
+        display.update(status)
+        if ready:
+            return whole
+        if not told and wish.given:
+            told = True
+            controller.stop.remote()
 
-    actor: Any = ray.remote(Controller)
-    actor = actor.options(
-        num_cpus=0, max_concurrency=100, runtime_env={"env_vars": {**bound_threads(1), "WANDB_SILENT": "true"}}
+
+def _start_controller(config: Config, folder: Path, device: str, resume: bool, before: str) -> tuple[Any, Any]:
+    """before: why there was another before."""
+    from actors.controller import Controller
+    from actors.placement import inherited
+    from actors.role import bound_threads, remote_class
+
+    environment = {**bound_threads(1), "WANDB_SILENT": "true", **inherited()}
+    actor: Any = remote_class(Controller).options(
+        num_cpus=0, max_concurrency=100, runtime_env={"env_vars": environment}
     )
-    controller = actor.remote(config, str(folder), device, f"{NAMESPACE}-{folder.name}-{time.time_ns()}", resume)
+    namespace = f"{NAMESPACE}-{folder.name}-{time.time_ns()}"
+    controller = actor.remote(config, str(folder), device, namespace, resume, before)
     return controller, controller.run.remote()
 
 

@@ -16,7 +16,7 @@ import torch
 
 from actors.deepspeed_trainer import DeepSpeedTrainer
 from actors.learner_batch import Drawn, Held, RlBatch, example_samples, with_masked_thoughts
-from actors.role import Role
+from actors.role import NotOpen, WatchedRole
 from rl import adapter
 from rl.algo.preference import kto_kl
 from rl.algo.sft import masked_thought_rate
@@ -48,7 +48,7 @@ class StepResult:
     seconds: float
 
 
-class LearnerRank(Role):
+class LearnerRank(WatchedRole):
     role = "learner"
 
     def __init__(self, config: Config, device: str, rank: int):
@@ -67,6 +67,7 @@ class LearnerRank(Role):
         self._before: list[Held] = []
         self._last: tuple[StepId, StepResult] | None = None
         self._packed: dict[int, np.ndarray] = {}
+        self._open: tuple[TokenScorer, DeepSpeedTrainer] | None = None
         self._values: DeepSpeedTrainer | None = None
         self._base_version: int | None = None
 
@@ -108,8 +109,22 @@ class LearnerRank(Role):
         self._words = np.asarray([i for i in range(len(self._tokenizer)) if i not in special])
         mask_token = getattr(self._tokenizer, "mask_token_id", None)
         self._mask_token = self._tokenizer.pad_token_id if mask_token is None else mask_token
-        self._scorer = scorer = TokenScorer(lm).to(self._device)
-        self._policy = DeepSpeedTrainer(scorer, self._config, self._device)
+        scorer = TokenScorer(lm).to(self._device)
+        self._open = scorer, DeepSpeedTrainer(scorer, self._config, self._device)
+
+    @property
+    def _scorer(self) -> TokenScorer:
+        return self._opened[0]
+
+    @property
+    def _policy(self) -> DeepSpeedTrainer:
+        return self._opened[1]
+
+    @property
+    def _opened(self) -> tuple[TokenScorer, DeepSpeedTrainer]:
+        if self._open is None:
+            raise NotOpen(f"learner rank {self._rank} was started again, and is not in the group yet")
+        return self._open
 
     def _load(self, path: str) -> Any:
         lm = load_causal_lm(path, self._config.learner_dtype, trust_remote_code=self._config.model.trust_remote_code)
@@ -166,8 +181,8 @@ class LearnerRank(Role):
         self._held = [Held(e) for e in examples if all(t.loss_mask[1:].any() for t in e.trajectories)]
         return len(self._held)
 
-    def score_held(self, base: bool) -> list[list[np.ndarray]]:
-        """This rank's strided share of the held examples' log-probs: a reference.
+    def score_held(self, base: bool) -> tuple[list[list[np.ndarray]], int]:
+        """This rank's strided share of the held examples' log-probs: a reference. And how many. Two return values.
 
         base: with the adapter off, else under the weights as they are.
         """
@@ -175,7 +190,7 @@ class LearnerRank(Role):
         flat = [t for h in mine for t in h.example.trajectories]
         with self._base_alone() if base else nullcontext():
             scored = iter(self._scored(self._policy, flat, LogprobHead()))
-        return [[next(scored) for _ in h.example.trajectories] for h in mine]
+        return [[next(scored) for _ in h.example.trajectories] for h in mine], len(mine)
 
     def hold_references(self, parts: Sequence[Any]) -> None:
         """parts: refs, the i-th of the references of every len(parts)-th held example from i on."""
@@ -222,24 +237,27 @@ class LearnerRank(Role):
 
     # -- training on groups --------------------------------------------------------------------------------------
 
-    def score(self, groups: Sequence[Any], temperature: float, wanted: Sequence[str]) -> list[list[Columns]]:
-        """This rank's strided share of the groups, [g][s], under the weights as they are.
+    def score(
+        self, groups: Sequence[Any], temperature: float, wanted: Sequence[str]
+    ) -> tuple[list[list[Columns]], int]:
+        """This rank's strided share of the groups, [g][s], under the weights as they are. And how many trajectories.
 
-        wanted: proximal (log-probs), reference (log-probs with the adapter off), values (the critic's).
+        Two return values. wanted: proximal (log-probs), reference (log-probs with the adapter off), values (of the
+        critic).
         """
-        self._calls["score"] += 1
         mine: list[list[Trajectory]] = ray.get(list(groups[self._rank :: self._config.learner.count]))
         flat = [t for group in mine for t in group] or ray.get(groups[0])[:1]
         columns: dict[str, list[np.ndarray]] = {}
-        for name in wanted:
-            if name == "values":
-                assert self._values is not None
-                columns[name] = self._scored(self._values, flat, None)
-            else:
-                with self._base_alone() if name == "reference" else nullcontext():
-                    columns[name] = self._scored(self._policy, flat, LogprobHead(temperature))
+        with self.calling("score"):
+            for name in wanted:
+                if name == "values":
+                    assert self._values is not None
+                    columns[name] = self._scored(self._values, flat, None)
+                else:
+                    with self._base_alone() if name == "reference" else nullcontext():
+                        columns[name] = self._scored(self._policy, flat, LogprobHead(temperature))
         rows = iter([{name: columns[name][i] for name in wanted} for i in range(len(flat))])
-        return [[next(rows) for _ in group] for group in mine]
+        return [[next(rows) for _ in group] for group in mine], len(flat)
 
     def rl_step(self, step_id: StepId, batch: RlBatch, lr: float, critic_lr: float | None) -> StepResult:
         """lr 0: only the critic learns. critic_lr None: there is none."""
@@ -268,11 +286,11 @@ class LearnerRank(Role):
     # -- what the steps share ------------------------------------------------------------------------------------
 
     def _once(self, step_id: StepId, run: Any) -> StepResult:
-        self._calls["step"] += 1
         if self._last is not None and self._last[0] == step_id:
             return self._last[1]
         started = time.perf_counter()
-        sums = run()
+        with self.calling("step"):
+            sums = run()
         result = StepResult(sums, self._budget, time.perf_counter() - started)
         self._last = (step_id, result)
         return result
@@ -294,7 +312,10 @@ class LearnerRank(Role):
 
         Returns the manifest (checksums not yet filled in) and the probe's seconds. Training may go on afterwards.
         """
-        self._calls["publish"] += 1
+        with self.calling("prepare"):
+            return self._prepare(version, step, what)
+
+    def _prepare(self, version: int, step: int, what: What) -> tuple[Manifest, float]:
         lm, dtype, count = self._scorer.lm, self._config.generator_dtype, self._config.learner.count
         if what == "adapter":
             # As they are: the generator's engine rounds them as it rounds any adapter.
@@ -339,6 +360,10 @@ class LearnerRank(Role):
 
     def save(self, folder: str) -> None:
         """Hugging Face weights and tokenizer by rank 0, and every rank's optimizer state, into `folder`."""
+        with self.calling("save"):
+            self._save(folder)
+
+    def _save(self, folder: str) -> None:
         lm = self._scorer.lm
         with self._gathered(list(lm.parameters())):
             if self._rank == 0:

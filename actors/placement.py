@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.role import bound_threads, keep_memory
+from actors.role import CALL_LOG, bound_threads, keep_memory
 from rl.config import Config, Role
 
 _MINIMUM_CPU = 0.01  # a bundle must ask for something
@@ -93,18 +93,17 @@ class Placement:
         return Placement(group, index, config)
 
     def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:
-        """Ray options of one actor: its bundle, its threads, and no restarts behind our back."""
+        """Ray options of one actor: its bundle and its threads."""
         spec: Role = self.config.reward_actor if role == "reward" else getattr(self.config, role)
         gpus = spec.gpus * (self.config.generator.tensor_parallel if role == "generator" else 1)
         memory = {} if gpus else keep_memory()
         return {
             "num_cpus": max(spec.cpus, _MINIMUM_CPU),
             "num_gpus": gpus,
-            "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self.group, self.bundles[role, index], placement_group_capture_child_tasks=True
             ),
-            "runtime_env": {"env_vars": {**bound_threads(spec.threads), **memory, **_inherited()}},
+            "runtime_env": {"env_vars": {**bound_threads(spec.threads), **memory, **inherited()}},
             **more,
         }
 
@@ -112,7 +111,7 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def _inherited() -> dict[str, str]:
+def inherited() -> dict[str, str]:
     """What the driver's environment says about caches and offline use holds for the actors too."""
-    names = ("REPERTORY_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH")
+    names = (CALL_LOG, "REPERTORY_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "PYTHONPATH")
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,4 +1,4 @@
-"""Reference actors: log-probs under frozen weights, batched by tokens. Rebuilt from a folder."""
+"""Reference actors: log-probs under frozen weights, batched by tokens. A call says which folder's: nothing is told."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,25 +21,31 @@ class Reference(Role):
         super().__init__()
         self._config, self._device, self._path = config, device, ""
 
-    def open(self, path: str) -> None:
-        self.load(path)
-
     def load(self, path: str) -> None:
         """Freeze at a model folder: a checkpoint, or the initial model."""
-        self._calls["load"] += 1
         if path != self._path:
-            self._scorer, self._path = TokenScorer(self._read(path)), path
+            with self.calling("load"):
+                self._scorer, self._path = TokenScorer(self._read(path)), path
 
-    def columns(self, refs: Sequence[Any], temperature: float) -> list[list[Columns]]:
-        """refs: of groups of trajectories. Each trajectory's column `reference`: log-probs, 0 off the mask."""
-        self._calls["columns"] += 1
-        return [[{"reference": r} for r in group] for group in self._scored(ray.get(list(refs)), temperature)]
+    def columns(self, path: str, refs: Sequence[Any], temperature: float) -> tuple[list[list[Columns]], int]:
+        """refs: of groups of trajectories. Each trajectory's column `reference`, under the model in the folder `path`:
+        log-probs, 0 off the mask. And how many groups. Two return values."""
+        self.load(path)
+        groups = ray.get(list(refs))
+        with self.calling("columns"):
+            scored = self._scored(groups, temperature)
+        return [[{"reference": r} for r in group] for group in scored], len(scored)
 
-    def example_logprobs(self, refs: Sequence[Any], part: int, parts: int) -> list[list[np.ndarray]]:
-        """refs: of lists of examples. Log-probs at temperature 1, for every parts-th example from `part` on."""
-        self._calls["example_logprobs"] += 1
+    def example_logprobs(
+        self, path: str, refs: Sequence[Any], part: int, parts: int
+    ) -> tuple[list[list[np.ndarray]], int]:
+        """refs: of lists of examples. Log-probs at temperature 1, for every parts-th example from `part` on. And how
+        many. Two return values."""
+        self.load(path)
         examples: list[Example] = [e for found in ray.get(list(refs)) for e in found]
-        return self._scored([e.trajectories for e in examples[part::parts]], 1.0)
+        with self.calling("example_logprobs"):
+            scored = self._scored([e.trajectories for e in examples[part::parts]], 1.0)
+        return scored, len(scored)
 
     def _scored(self, groups: Sequence[Sequence[Trajectory]], temperature: float) -> list[list[np.ndarray]]:
         flat = [t for group in groups for t in group]

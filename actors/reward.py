@@ -1,7 +1,11 @@
-"""Reward actors: score finished episodes with a rule, a function of one's own, or a reward model. Stateless."""
+"""Reward actors: score finished episodes with a rule, a function of one's own, or a reward model. Stateless.
+
+A call says which reward model it wants: a replica that was started again needs nothing told.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from actors.role import Role
 from rl.config import Config
@@ -21,26 +25,33 @@ class Reward(Role):
 
     def __init__(self, config: Config):
         super().__init__()
-        self._config, self._function, self._model = config, reward_function(config), None
+        self._config, self._function = config, reward_function(config)
+        self._model: tuple[str, Any] | None = None
 
     def load(self, path: str) -> None:
-        """From now on a reward model, a folder, gives the reward. Success stays the rule's."""
+        """Have the reward model in a folder at hand."""
         from rl.model import ValueScorer
 
-        self._calls["load"] += 1
-        self._model = ValueScorer.load(path, self._config.learner_dtype).eval().requires_grad_(False)
+        if self._model is None or self._model[0] != path:
+            with self.calling("load"):
+                model = ValueScorer.load(path, self._config.learner_dtype).eval().requires_grad_(False)
+                self._model = path, model
 
-    def score(self, episodes: Sequence[Episode]) -> list[Score]:
-        """One score an episode, in order."""
-        self._calls["score"] += 1
-        scores = [Score.of(self._function, episode, self._config.reward.success_at) for episode in episodes]
-        if self._model is None:
+    def score(self, episodes: Sequence[Episode], model: str | None = None) -> list[Score]:
+        """One score an episode, in order. model: a reward model, a folder, whose value is the reward; success stays the
+        rule's."""
+        with self.calling("score"):
+            scores = [Score.of(self._function, episode, self._config.reward.success_at) for episode in episodes]
+        if model is None:
             return scores
+        self.load(model)
+        assert self._model is not None
         from rl.model import last_values
         from rl.trajectory import to_trajectory
 
         budget = self._config.learner.micro_batch_tokens
-        values = last_values(self._model, [to_trajectory(e) for e in episodes], budget)
+        with self.calling("value"):
+            values = last_values(self._model[1], [to_trajectory(e) for e in episodes], budget)
         return [
             replace(s, total=v + e.turn_reward, parts={"model": v})
             for s, e, v in zip(scores, episodes, values, strict=True)

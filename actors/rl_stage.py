@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from actors.buffer import Group, Played
+from actors.buffer import Dropped, Group, Played
 from actors.learner_batch import RlBatch
 from actors.producer import Place, Producer
 from rl.algo.filter import Verdict, judge
@@ -94,8 +94,6 @@ class RlLoop:
     async def train(self) -> None:
         run, stage = self.run, self.stage
         await run.begin(self.index, stage)
-        if run.config.stage_needs_reference(stage):
-            await run.company.freeze(run.reference_path())
         if stage.curriculum:
             self.pool = await make_pool(run, self.index, stage.curriculum)
         if run.state.under_way:
@@ -158,8 +156,9 @@ class RlLoop:
         found.reward_s += played.reward_s
         if not played.groups or (self.algo.baseline == "greedy" and result.greedy is None):
             lost = "its greedy episode failed"
-            task, found.cause = played.dropped[-1] if played.dropped else (played.groups[0].request.task.id, lost)
-            self.run.say(f"dropped task {task}: {found.cause}")
+            dropped = played.dropped[-1] if played.dropped else Dropped(played.groups[0].request.task.id, lost)
+            task, found.cause = dropped.task, dropped.cause
+            self.run.drop(dropped)
             found.dropped += 1
             found.ends.append((place, task, "dropped"))
             found.missing += not self.producer.refill(place.slot, version)
@@ -224,7 +223,7 @@ class RlLoop:
         with run.timed("reference"):
             if run.config.stage_needs_reference(self.stage):
                 with run.working("reference"):
-                    scorings.append(await company.reference_columns(refs, self.temperature))
+                    scorings.append(await company.reference_columns(run.reference_path(), refs, self.temperature))
             if from_learner:
                 await company.time_share("learn")
                 with run.working("learner"):
@@ -255,7 +254,7 @@ class RlLoop:
         places = [(g, s) for g, v in enumerate(gathered.verdicts) for s, trained in enumerate(v.trained) if trained]
         total: Sums = {}
         mismatch: dict[str, float] = {}
-        with run.timed("update"), run.working("learner"):
+        with run.timed("update"), run.working("learner"), run.calling("learn"):
             await run.company.time_share("learn")
             for update, chunk in enumerate(mini_batches(len(places), algo.mini_batches, algo.epochs)):
                 if not chunk:

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 from actors.generator_pool import GeneratorPool
-from actors.role import Role
+from actors.role import AsyncRole
 from rl.chat import ChatCodec
 from rl.config import Config
 from rl.config_stage import ExampleStage, PairStage
@@ -21,7 +22,7 @@ from rl.task import Task
 from rl.trajectory import Summary, Trajectory, summarise, to_trajectory
 
 
-class RolloutWorker(Role):
+class RolloutWorker(AsyncRole):
     """Plays many episodes at once on one event loop; slow tools do not hold others up."""
 
     role = "rollout"
@@ -31,20 +32,32 @@ class RolloutWorker(Role):
         self._config = config
         self._world = World(config.env, config.run.seed)
         self._limits = Limits(config.env.max_turns, config.model.max_length)
-        self._policy = GeneratorPool(generators)
+        self._policy = GeneratorPool(generators, config.faults.patience_s)
+        self._open = asyncio.Event()
         self._slots = asyncio.Semaphore(config.rollout.episodes_in_flight)
 
     async def open(self, model_path: str) -> None:
         """Take the model's tokenizer and chat template."""
         tokenizer = load_tokenizer(model_path, trust_remote_code=self._config.model.trust_remote_code)
         self._codec = ChatCodec(tokenizer, keep_sampled_turns=self._config.model.keep_sampled_turns)
+        self._open.set()
+
+    async def use(self, generators: Sequence[Any]) -> None:
+        """From now on play against these."""
+        self._policy.use(generators)
 
     async def play(
         self, request: GroupRequest, sampling: Sampling
     ) -> tuple[list[Summary], list[Episode], list[Trajectory]]:
         """The group's episodes. Three return values: the caller owns each, and passes them on without reading them."""
-        self._calls["play"] += 1
-        episodes = await asyncio.gather(*(self._one(request, sampling, s) for s in range(request.samples)))
+        async with self._work("play"):
+            players = [asyncio.ensure_future(self._one(request, sampling, s)) for s in range(request.samples)]
+            try:
+                episodes = await asyncio.gather(*players)
+            finally:  # when one failed, the others' environments are closed before the group is played again
+                for player in players:
+                    player.cancel()
+                await asyncio.gather(*players, return_exceptions=True)
         trajectories = [to_trajectory(e) for e in episodes]
         return [summarise(e, t) for e, t in zip(episodes, trajectories, strict=True)], list(episodes), trajectories
 
@@ -62,9 +75,18 @@ class RolloutWorker(Role):
                 condition=request.condition,
             )
 
-    async def demonstrate(self, tasks: Sequence[Task], guess_fraction: float) -> list[Example]:
-        self._calls["demonstrate"] += 1
-        return [Example((await self._demonstration(task, guess_fraction),)) for task in tasks]
+    @asynccontextmanager
+    async def _work(self, name: str) -> AsyncIterator[None]:
+        """A call, begun when the worker has its tokenizer: it may have been started again."""
+        await self._open.wait()
+        with self.calling(name):
+            yield
+
+    async def demonstrate(self, tasks: Sequence[Task], guess_fraction: float) -> tuple[list[Example], int]:
+        """Examples, and how many. Two return values: who waits for the second knows that the first is there."""
+        async with self._work("demonstrate"):
+            examples = [Example((await self._demonstration(task, guess_fraction),)) for task in tasks]
+        return examples, len(examples)
 
     async def _demonstration(self, task: Task, guess_fraction: float = 0.0) -> Trajectory:
         return await demonstrate(
@@ -76,12 +98,15 @@ class RolloutWorker(Role):
             seed=self._config.run.seed,
         )
 
-    async def encode_rows(self, path: str, stage: ExampleStage) -> list[Example]:
-        """A file of one's own: demonstrations, or pairs for a stage on pairs."""
+    async def encode_rows(self, path: str, stage: ExampleStage) -> tuple[list[Example], int]:
+        """A file of one's own: demonstrations, or pairs for a stage on pairs. And how many. Two return values."""
         length = self._config.model.max_length
-        if not isinstance(stage, PairStage):
-            return encode_rows(path, self._codec, length)
-        return completed(encode_pairs(path, self._codec, length), stage, length)
+        async with self._work("encode_rows"):
+            if isinstance(stage, PairStage):
+                examples = completed(encode_pairs(path, self._codec, length), stage, length)
+            else:
+                examples = encode_rows(path, self._codec, length)
+        return examples, len(examples)
 
     async def build(
         self,
@@ -96,33 +121,34 @@ class RolloutWorker(Role):
         sampled: for each task (ref of its episodes, scores); again: the same, for the tasks that were played once more
         with their demonstration in the prompt, by index.
         """
-        self._calls["build"] += 1
         shows = isinstance(self._world.source, Demonstrator)
         materials = []
-        for i, (task, (episodes, scores)) in enumerate(zip(tasks, sampled, strict=True)):
-            repeated, repeated_scores = again.get(i, ((), ()))
-            materials.append(
-                Material(
-                    task,
-                    await episodes,
-                    scores,
-                    await self._demonstration(task) if shows else None,
-                    await repeated if i in again else (),
-                    repeated_scores,
+        async with self._work("build"):
+            for i, (task, (episodes, scores)) in enumerate(zip(tasks, sampled, strict=True)):
+                repeated, repeated_scores = again.get(i, ((), ()))
+                materials.append(
+                    Material(
+                        task,
+                        await episodes,
+                        scores,
+                        await self._demonstration(task) if shows else None,
+                        await repeated if i in again else (),
+                        repeated_scores,
+                    )
                 )
+            examples = build(
+                stage, materials, self._codec, self._config.run.seed, round_number, self._config.model.max_length
             )
-        examples = build(
-            stage, materials, self._codec, self._config.run.seed, round_number, self._config.model.max_length
-        )
         return examples, dict(Counter(e.source for e in examples))
 
     async def shown(self, tasks: Sequence[Task]) -> list[str]:
         """What each task's demonstration says, as text: what a paraphrase is asked of."""
         texts = []
-        for task in tasks:
-            t = await self._demonstration(task)
-            said = [self._codec.text(t.tokens[(t.turn == k) & t.loss_mask].tolist()) for k in range(t.turn.max() + 1)]
-            texts.append("\n".join(said))
+        async with self._work("shown"):
+            for task in tasks:
+                t = await self._demonstration(task)
+                turns = [t.tokens[(t.turn == k) & t.loss_mask].tolist() for k in range(t.turn.max() + 1)]
+                texts.append("\n".join(map(self._codec.text, turns)))
         return texts
 
     async def probe(self, length: int) -> list[int]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import ray
 
+from actors.role import AsyncRole
+from rl.env import InfraError
 from rl.weights import Manifest
 
 
-class UnknownVersion(KeyError):
+class UnknownVersion(InfraError):
     """A version that was never published, or is kept no longer."""
 
 
@@ -23,28 +25,46 @@ class Published:
     prepare_s: float
     probe_s: float
     transfer_s: float
+    checksums: tuple[str, ...]
+    """Each bucket's xxh3."""
 
 
-class WeightStore:
+class OtherWeights(ValueError):
+    """What the learner holds is not what it is said to hold."""
+
+
+class WeightStore(AsyncRole):
     """Knows the newest version and keeps its buckets.
 
     The store calls the learner's ranks and keeps their return values: objects die with their owner, and the owner of
     a method's return value is its caller. It keeps the newest version and the pinned ones, and what adapters among them
-    sit on.
+    sit on. A store that was started again knows nothing, and has the newest version published again.
     """
 
+    role = "store"
+
     def __init__(self) -> None:
+        super().__init__()
         self._manifests: dict[int, Manifest] = {}
         self._buckets: dict[int, list[Any]] = {}
         self._pinned: dict[int, int] = {}
         self._newest: int | None = None
         self._node = ray.get_runtime_context().get_node_id()
 
-    async def publish(self, version: int, step: int, ranks: list[Any], what: str = "all") -> Published:
+    async def publish(
+        self, version: int, step: int, ranks: list[Any], what: str = "all", expected: tuple[str, ...] | None = None
+    ) -> Published:
         """Take version `version` from the learner's ranks. Announced only when every bucket is on this node.
 
-        Raises ValueError on a version that is not above every earlier one: numbers are never used twice.
+        Raises ValueError on a version that is not above every earlier one: numbers are never used twice. OtherWeights
+        when the buckets do not have the `expected` checksums.
         """
+        with self.calling("publish"):
+            return await self._take(version, step, ranks, what, expected)
+
+    async def _take(
+        self, version: int, step: int, ranks: list[Any], what: str, expected: tuple[str, ...] | None
+    ) -> Published:
         if self._newest is not None and version <= self._newest:
             raise ValueError(f"version {version} was published before version {self._newest}: numbers are not reused")
         started = time.perf_counter()
@@ -58,6 +78,8 @@ class WeightStore:
         ]
         nodes = await asyncio.gather(*(node for _, _, node in calls))
         sums = await asyncio.gather(*(checksum for _, checksum, _ in calls))
+        if expected is not None and tuple(sums) != expected:
+            raise OtherWeights(f"version {version} was published with other weights than the learner holds now")
         refs = [data for data, _, _ in calls]
         # Under this node's roof before anyone hears of it: the learner's node may be gone tomorrow.
         refs = [ref if node == self._node else ray.put(await ref) for ref, node in zip(refs, nodes, strict=True)]
@@ -68,7 +90,12 @@ class WeightStore:
         self._newest = version
         self._forget()
         return Published(
-            version, manifest.nbytes, prepared - started - probe_s, probe_s, time.perf_counter() - prepared
+            version,
+            manifest.nbytes,
+            prepared - started - probe_s,
+            probe_s,
+            time.perf_counter() - prepared,
+            tuple(sums),
         )
 
     async def newest(self) -> int | None:
@@ -87,16 +114,19 @@ class WeightStore:
         """Keep a version until `unpin`: its readers may be slow."""
         manifest = await self.manifest(version)
         self._pinned[version] = self._pinned.get(version, 0) + 1
+        self._note("read", "begin")
         return manifest
 
     async def unpin(self, version: int) -> None:
-        self._pinned[version] -= 1
-        if not self._pinned[version]:
-            del self._pinned[version]
-        self._forget()
+        if version in self._pinned:  # or it was pinned before the store was started again
+            self._note("read", "end")
+            self._pinned[version] -= 1
+            if not self._pinned[version]:
+                del self._pinned[version]
+            self._forget()
 
-    async def status(self) -> dict[str, Any]:
-        return {"newest": self._newest, "kept": sorted(self._manifests)}
+    def status(self) -> dict[str, Any]:
+        return {**super().status(), "newest": self._newest, "kept": sorted(self._manifests)}
 
     def _forget(self) -> None:
         kept = {self._newest, *self._pinned}

@@ -34,7 +34,7 @@ class State:
     A finished stage stands at its last step, so that a resumed run may be given more steps of it. stage_start: the
     checkpoint folder (relative to the run) that the stage started from; "" is the initial model. ends: those that the
     finished stages ended with, by index. under_way: the groups that were drawn and not trained on yet
-    (actors/producer.py).
+    (actors/producer.py). quarantined: tasks whose environment ends whatever plays it.
     """
 
     stage: int
@@ -45,6 +45,7 @@ class State:
     stage_start: str = ""
     ends: dict[str, str] = field(default_factory=dict)
     under_way: dict[str, Any] = field(default_factory=dict)
+    quarantined: list[str] = field(default_factory=list)
 
 
 @contextmanager

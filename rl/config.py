@@ -202,6 +202,26 @@ class PlacementConfig(Strict):
     """All roles take turns on the same GPUs: vLLM sleeps while the learner learns, the optimizer is offloaded else."""
 
 
+class FaultsConfig(Strict):
+    """What a run survives. When a budget is spent, it ends with the cause."""
+
+    infra_budget: int = Field(default=16, ge=0)
+    """Deaths of our processes, and calls of theirs that got stuck, within `window_s`."""
+    data_budget: int = Field(default=100, ge=0)
+    """Tasks dropped within `window_s`, because they fail wherever they are played."""
+    window_s: PositiveFloat = 3600.0
+    attempts: PositiveInt = 3
+    """How often a task may fail of itself, or take the rollout worker with it, before it is dropped."""
+    deadline_s: PositiveFloat = 1800.0
+    """Of one call: a group's episodes, a learner's step, a load."""
+    heartbeat_s: PositiveFloat = 60.0
+    """A process that does not answer for so long is killed and started again."""
+    start_s: PositiveFloat = 600.0
+    """How long a process may take to start."""
+    patience_s: PositiveFloat = 900.0
+    """How long a call that meets dead processes is made again."""
+
+
 class WandbConfig(Strict):
     mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "repertory"
@@ -228,6 +248,7 @@ class Config(Strict):
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
     placement: PlacementConfig = PlacementConfig()
+    faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import asyncio
 import os
 import queue
 import threading
+import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -39,12 +40,13 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.sampling_params import RequestOutputKind
 
 from rl.engine_options import IN_PROCESS, EngineOptions, engine_args
+from rl.env import InfraError
 from rl.policy import Completion, Sampling
 
 SwapPolicy = Literal["drain", "continue"]
 
 
-class EngineError(RuntimeError):
+class EngineError(InfraError):
     """The engine thread has died; the text is its cause."""
 
 
@@ -145,6 +147,9 @@ class Engine:
     def __init__(self, model_path: str, options: EngineOptions, version: int = 0):
         self.version = version
         self.prefix_hits = self.prefix_queries = 0
+        """Prompt tokens found in the prefix cache, and in all."""
+        self.busy_s = 0.0
+        """Seconds with a request to step or a swap to make."""
         self._options = options
         self._lora = ADAPTER if options.lora_rank else None
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -153,6 +158,8 @@ class Engine:
         self._swaps: deque[_Swap] = deque()
         self._next_id = 0
         self._error: BaseException | None = None
+        self.died: Future[None] = Future()
+        """Ends with EngineError when the engine does."""
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(model_path, started), name="engine", daemon=True)
         self._thread.start()
@@ -240,11 +247,13 @@ class Engine:
         started.set_result(None)
         try:
             while self._take_commands():
+                began = time.perf_counter()
                 while self._swaps and (self._swaps[0].policy == "continue" or not self._running):
                     self._apply_swap(self._swaps[0])
                 if self._llm.has_unfinished_requests():
                     for output in self._llm.step():
                         self._finish(output)
+                self.busy_s += time.perf_counter() - began
         except BaseException as error:  # the thread's end must reach everyone who waits on it
             self._fail(error)
 
@@ -347,7 +356,7 @@ class Engine:
         self._error = error
         dead = EngineError(f"the engine has died: {error!r}")
         dead.__cause__ = error
-        waiting = [r.future for r in self._running.values()] + [body[-1] for _, body in self._held]
+        waiting = [self.died] + [r.future for r in self._running.values()] + [body[-1] for _, body in self._held]
         waiting += [swap.future for swap in self._swaps]
         while not self._commands.empty():
             kind, body = self._commands.get()

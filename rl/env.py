@@ -19,6 +19,15 @@ from typing import Any, Protocol, runtime_checkable
 from rl.config import CustomEnvConfig, EnvConfig
 from rl.task import Task, TaskSource
 
+
+class InfraError(RuntimeError):
+    """A failure of the machinery that a task is played with, and not of the task: it is played again, elsewhere.
+
+    An environment or a reward function raises it, ConnectionError or TimeoutError when a service that it needs is gone.
+    Any other exception is held against the task. Neither ever becomes a reward.
+    """
+
+
 Message = dict[str, Any]
 """A chat message: {"role": ..., "content": ...} and, on demonstrations, "tool_calls"."""
 

@@ -74,6 +74,10 @@ class Sinks:
         """What became of the groups that a step took: what `repertory audit` reads."""
         self._append("consumed.jsonl", line)
 
+    def version(self, line: Mapping[str, Any]) -> None:
+        """A published version and its step. Lines stay when a run goes on from before them: numbers are used once."""
+        self._append("versions.jsonl", line)
+
     def episodes(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table of sample episodes."""
         if self._wandb and rows:
