@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from actors.faults import BudgetSpent, Ledger, Stuck, backoff, is_death, is_infra, named, within
+from actors.faults import BudgetSpent, Ledger, Stuck, backoff, is_death, is_infra, named, tried, within
 from rl.config import FaultsConfig
 from rl.env import InfraError
 
@@ -90,6 +90,7 @@ class Supervisor:
                 end(actor)
             await asyncio.sleep(backoff(attempt))
             try:
+                await within(self._faults.start_s, tried(lambda _: actor.ping.remote(), self._faults))
                 return await within(self._faults.start_s, reopen())
             except Exception as again:
                 if not is_infra(again):
