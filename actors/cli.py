@@ -125,6 +125,30 @@ def stop(
 
 
 @app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")],
+    wanted: Annotated[list[str], typer.Argument(metavar="ROLE=N", help="generator, rollout, reward or reference")],
+    wait: Annotated[bool, typer.Option(help="Return when the actors are there, or gone.")] = True,
+) -> None:
+    """Add actors to a run that goes on, or take some away. Nothing that is under way is lost.
+
+    Example:  repertory scale runs/quickstart generator=3 rollout=2
+
+    A generator that joins takes the newest weights from the store first. A resumed run has the numbers of its
+    configuration again.
+    """
+    from actors.run_folder import scale_run
+
+    numbers: dict[str, int] = {}
+    for one in wanted:
+        role, _, count = one.partition("=")
+        if role not in ("generator", "rollout", "reward", "reference") or not count.isdigit() or int(count) < 1:
+            raise ConfigError(f"{one!r}: give ROLE=N with N at least 1, of generator, rollout, reward or reference")
+        numbers[role] = int(count)
+    scale_run(run, numbers, console, wait=wait)
+
+
+@app.command()
 def audit(run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")]) -> None:
     """Prove from a run's folder that its rl stages consumed every task that they drew exactly once.
 

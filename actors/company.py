@@ -62,6 +62,7 @@ class Company:
     _base: tuple[str, int] | None = None
     """The store's life, and the learner's, that know the base which adapters are published for."""
     _publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _scaling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def start(self, initial: Path, resume: Path | None) -> Path:
         """Start every role on the newest checkpoint or else the initial model; returns when all are open.
@@ -179,6 +180,82 @@ class Company:
                 if not isinstance(cause_of(error), OtherWeights | ValueError):
                     raise
                 log.info("the store stays empty until the next publish: %s", cause_of(error))
+
+    # -- actors that join and leave ----------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many actors each elastic role has."""
+        return {role: len(actors) for role, actors in self._elastic.items()}
+
+    @property
+    def _elastic(self) -> dict[str, list[Any]]:
+        roles = {"generator": self.generators, "rollout": self.workers, "reward": self.rewards}
+        return {**roles, **({"reference": self.references} if self.references else {})}
+
+    async def scale(self, role: str, count: int) -> None:
+        """Have `count` actors of a role. A generator that joins has the newest version before it takes turns; who
+        leaves ends what it has first.
+
+        Raises ValueError for a role that cannot be scaled, ClusterTooSmall (with those that found room still there).
+        """
+        if role not in self._elastic or count < 1:
+            names = ", ".join(self._elastic)
+            raise ValueError(
+                f"{role}={count}: at least 1 of {names}. The learner's size is that of its optimizer's shards"
+            )
+        actors = self._elastic[role]
+        async with self._scaling:
+            while len(actors) < count:
+                await self._join(role, actors)
+            while len(actors) > count:
+                await self._leave(role, actors)
+
+    async def _join(self, role: str, actors: list[Any]) -> None:
+        index = len(actors)
+        await self.placement.add(role, index)
+        actor = self._make(role, index)
+        actors.append(actor)  # first: what is published from now on reaches it, what was before it asks for
+        try:
+            if role == "generator":
+                await within(self.config.faults.start_s, self._open_generator(actor))
+                self._keep_generator(actor)
+            elif role == "rollout":
+                await self._open_worker(actor)
+                self._keep_worker(actor)
+            else:
+                await actor.status.remote()
+        except BaseException:
+            actors.remove(actor)
+            ray.kill(actor)
+            self.placement.leave(role, index)
+            raise
+        await self._announce(role)
+
+    async def _leave(self, role: str, actors: list[Any]) -> None:
+        actor = actors.pop()
+        await self._announce(role)
+        if role in ("generator", "rollout"):
+            self.supervisor.let_go(actor)
+        if role == "generator":
+            await actor.drained.remote()
+        if role in ("reference", "reward"):
+            await actor.status.remote()  # answered after the call that runs
+        ray.kill(actor)
+        self.placement.leave(role, len(actors))
+
+    async def _announce(self, role: str) -> None:
+        """Returns when nothing new goes to who has left."""
+        if role == "generator":
+            await asyncio.gather(
+                *(tried(lambda _, w=w: w.use.remote(self.generators), self.config.faults) for w in self.workers)
+            )
+        elif role == "reference":
+            self.health.use(role, self.references)
+        else:
+            if role == "reward":
+                self.health.use(role, self.rewards)
+            await self.buffer.use.remote(self.workers, self.rewards)
 
     # -- each role as one ------------------------------------------------------------------------------------------
 

@@ -18,13 +18,16 @@ from typing import Any
 
 from actors.buffer import Dropped, Group, Played
 from actors.company import Company
+from actors.evaluation import evaluate
 from actors.example_stage import ExampleLoop
+from actors.faults import named
+from actors.idleness import Idleness
 from actors.learner import StepResult, What
 from actors.learner_group import Call
 from actors.placement import Placement
 from actors.rl_stage import RlLoop
 from actors.role import AsyncRole
-from actors.run_folder import lock_for_writing
+from actors.run_folder import lock_for_writing, write_scaled
 from actors.status import Status
 from actors.supervisor import Supervisor
 from rl import checkpoint
@@ -35,10 +38,8 @@ from rl.config_file import dump_config
 from rl.config_stage import EvalStage, ExampleStage, RewardModelStage, RlStage, TrainingStage
 from rl.env import World
 from rl.episode import GroupRequest
-from rl.evaluate import Outcome, Report, report
 from rl.metrics import Sinks, forget_after, read_lines
 from rl.policy import Sampling
-from rl.task import Task, TaskStream
 
 log = logging.getLogger("repertory")
 WARM_UP_SUCCESS = 0.1
@@ -68,6 +69,7 @@ class Controller(AsyncRole):
         self._fraction = 0.0
         self.slowest: StepResult | None = None
         self._publishes: What = "all"
+        self._idleness, self._idle = Idleness(), dict[str, float]()
         self.state = checkpoint.read_state(self._resume) if self._resume else State(0, 0, 0, -1, 0)
         if resume:  # what was published after the checkpoint had numbers too
             used = [line["version"] for line in read_lines(self.folder / "versions.jsonl")]
@@ -111,7 +113,8 @@ class Controller(AsyncRole):
                 self._stage_step, self._fraction = self.state.stage_step, 0.0
                 if isinstance(stage, EvalStage):
                     self._stage_steps = 1
-                    await self._evaluate(index, stage)
+                    self.evaluated(await evaluate(self, index, stage, self._trained))
+                    self._stage_step = 1
                     continue
                 self._stage_steps = stage.total_steps if isinstance(stage, ExampleStage) else stage.steps
                 if self.state.stage_step < self._stage_steps:
@@ -133,6 +136,20 @@ class Controller(AsyncRole):
         """The step that runs is finished and, where a resumed run can go on from it, saved; the run ends."""
         self.stopping = True
         self.say("asked to stop: this step is finished first")
+
+    async def scale(self, wanted: dict[str, int]) -> None:
+        """Have so many actors of each role named, and say in the run's folder when that is done, or why it is not."""
+        error = ""
+        try:
+            for role, count in wanted.items():
+                if self._phase == "starting":
+                    raise ValueError("the run is starting: ask again when it trains")
+                self.say(f"scaling {role} from {self.company.sizes.get(role, 0)} to {count}")
+                await self.company.scale(role, count)
+        except Exception as failure:
+            error = named(failure)
+            self.say(f"scaling failed: {error}")
+        write_scaled(self.folder, self.company.sizes, error)
 
     def go_on(self) -> None:
         """Raises Stopped when the run is to end, at a place that a resumed run can go on from."""
@@ -174,39 +191,6 @@ class Controller(AsyncRole):
             done = any(isinstance(s, RewardModelStage) for s in self.config.stages[: self.state.stage])
             return self.folder / "reward_model" if done else None
         return Path(model) if model else None
-
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    async def _evaluate(self, index: int, stage: EvalStage) -> None:
-        size = self.world.source.size(stage.split)
-        tasks = TaskStream(self.world.source, stage.split).next(stage.n if size is None else min(stage.n, size))
-        sampled = await self._outcomes(index, stage, tasks, stage.temperature)
-        greedy = await self._outcomes(index, stage, tasks, 0.0) if stage.greedy else None
-        line = {
-            "stage": self._trained.kind if self._trained else "base",
-            "objective": self._trained.objective if self._trained else "",
-            "stage_index": index,
-            "step": self.state.step,
-            "version": self.state.version,
-            "split": stage.split,
-            "temperature": stage.temperature,
-            **asdict(sampled),
-            "success_greedy": greedy.success if greedy else None,
-            "time_s": time.perf_counter() - self._born,
-        }
-        self._sinks.evaluation(line)
-        self._latest = {"success": sampled.success} | ({"success_greedy": greedy.success} if greedy else {})
-        self._stage_step = 1
-        log.info("evaluation: %s", line)
-
-    async def _outcomes(self, index: int, stage: EvalStage, tasks: list[Task], temperature: float) -> Report:
-        requests = [GroupRequest(index, 0, task, 1, condition=stage.condition) for task in tasks]
-        played = await self.play(requests, temperature, stage.top_p)
-        name = "greedy" if temperature == 0 else "sampled"
-        path = self.folder / "trajectories" / f"eval-{index:02d}-{name}.parquet"
-        await self.company.buffer.write.remote(str(path), played.groups, [[0.0] for _ in played.groups])
-        outcomes = [Outcome(g.scores[0].success, g.summaries[0].turns, g.scores[0].total) for g in played.groups]
-        return report(outcomes, self.config.env.max_turns)
 
     # -- what the stages share -----------------------------------------------------------------------------------
 
@@ -319,12 +303,23 @@ class Controller(AsyncRole):
             "version": s.version,
             "time_s": time.perf_counter() - self._born,
             **metrics,
-            **(self._probe if kind == "rl" else {}),
+            **({**self._probe, **self._idle} if kind == "rl" else {}),
             **self.supervisor.ledger.told(),
             **{f"timing_s/{k}": v for k, v in self.timing.items()},
         }
         self._sinks.metrics(line)
         self._latest = metrics
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        """An evaluation is done: write its line."""
+        line["time_s"] = time.perf_counter() - self._born
+        self._sinks.evaluation(line)
+        self._latest |= {k: line[k] for k in ("success", "success_greedy") if line[k] is not None}
+        log.info("evaluation: %s", line)
+
+    async def measure(self) -> None:
+        """What the next line says of how idle the roles were since the last one."""
+        self._idle = await self._idleness.since_last(self.company)
 
     def consume(self, stage: RlStage, groups: list[dict[str, Any]]) -> None:
         """Keep account of the groups that the step which is about to advance has taken."""

@@ -233,6 +233,11 @@ class Generator(AsyncRole):
     def _weights(self) -> Any:
         return ray.get_actor(self._store, namespace=self._namespace)
 
+    async def drained(self) -> None:
+        """Returns when no turn is under way."""
+        while self._vllm.load_in_flight:
+            await asyncio.sleep(_LINGER_S)
+
     async def sleep(self) -> None:
         await asyncio.wrap_future(self._vllm.sleep())
 

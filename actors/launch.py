@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.run_folder import owning, stop_is_wished, write_status
+from actors.run_folder import owning, stop_is_wished, take_scale_wish, write_status
 from rl import checkpoint
 from rl.config import Config
 from rl.config_file import ConfigError, dump_config, load_config
@@ -119,6 +119,8 @@ def _watch(controller: Any, finished: Any, folder: Path, display: Any, wish: _St
         if not told and wish.given:
             told = True
             controller.stop.remote()
+        if (wanted := take_scale_wish(folder)) is not None:
+            controller.scale.remote(wanted)
 
 
 def _start_controller(config: Config, folder: Path, device: str, resume: bool, before: str) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """Where the roles run: what they ask of the cluster, whether it has that, and the placement group that holds them."""
 
+import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from actors.role import CALL_LOG, bound_threads, keep_memory
 from rl.config import Config, Role
 
 _MINIMUM_CPU = 0.01  # a bundle must ask for something
+_ROOM_S = 60.0
 
 
 class ClusterTooSmall(ValueError):
@@ -67,6 +69,8 @@ class Placement:
     group: PlacementGroup
     bundles: dict[tuple[str, int], int]
     config: Config
+    extra: dict[tuple[str, int], PlacementGroup] = field(default_factory=dict)
+    """Of actors that joined a run under way: each has a group of its own."""
 
     @staticmethod
     async def make(config: Config) -> "Placement":
@@ -78,19 +82,39 @@ class Placement:
         for demand in wanted:
             for i in range(demand.count):
                 index[demand.role, i] = len(bundles)
-                bundles.append({"CPU": demand.cpus, **({"GPU": demand.gpus} if demand.gpus else {})})
+                bundles.append(_bundle(demand))
         strategy = "PACK" if config.placement.strategy == "packed" else "SPREAD"
         group = placement_group(bundles, strategy=strategy)
-        ready, _ = ray.wait([group.ready()], timeout=60)
+        ready, _ = ray.wait([group.ready()], timeout=_ROOM_S)
         if not ready:
             remove_placement_group(group)
             each = "\n".join(f"  {d}" for d in wanted)
             free = ray.available_resources()
             raise ClusterTooSmall(
-                f"the cluster did not free what the roles want within 60 s (now free: {free.get('CPU', 0):g} CPUs, "
-                f"{free.get('GPU', 0):g} GPUs):\n{each}"
+                f"the cluster did not free what the roles want within {_ROOM_S:g} s (now free: {free.get('CPU', 0):g} "
+                f"CPUs, {free.get('GPU', 0):g} GPUs):\n{each}"
             )
         return Placement(group, index, config)
+
+    async def add(self, role: str, index: int) -> None:
+        """Room for one more actor. A bundle that an earlier one has left is used again.
+
+        Raises ClusterTooSmall.
+        """
+        if (role, index) in self.bundles:
+            return
+        demand = next(d for d in demands(self.config) if d.role == role)
+        group = placement_group([_bundle(demand)])
+        ready, _ = await asyncio.to_thread(ray.wait, [group.ready()], timeout=_ROOM_S)
+        if not ready:
+            remove_placement_group(group)
+            raise ClusterTooSmall(f"the cluster has no room for one more: {demand}")
+        self.extra[role, index] = group
+
+    def leave(self, role: str, index: int) -> None:
+        """The actor has ended. Room that it had by itself is given back."""
+        if (role, index) in self.extra:
+            remove_placement_group(self.extra.pop((role, index)))
 
     def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:
         """Ray options of one actor: its bundle and its threads."""
@@ -101,14 +125,17 @@ class Placement:
             "num_cpus": max(spec.cpus, _MINIMUM_CPU),
             "num_gpus": gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.group, self.bundles[role, index], placement_group_capture_child_tasks=True
+                self.extra.get((role, index), self.group),
+                self.bundles.get((role, index), 0),
+                placement_group_capture_child_tasks=True,
             ),
             "runtime_env": {"env_vars": {**bound_threads(spec.threads), **memory, **inherited()}},
             **more,
         }
 
-    def remove(self) -> None:
-        remove_placement_group(self.group)
+
+def _bundle(demand: Demand) -> dict[str, float]:
+    return {"CPU": demand.cpus, **({"GPU": demand.gpus} if demand.gpus else {})}
 
 
 def inherited() -> dict[str, str]:

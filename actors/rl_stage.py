@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from actors.buffer import Dropped, Group, Played
+from actors.evaluation import Beside
 from actors.learner_batch import RlBatch
 from actors.producer import Place, Producer
 from rl.algo.filter import Verdict, judge
@@ -83,6 +84,7 @@ class RlLoop:
         self.temperature = run.config.rollout.temperature
         self.tasks = TaskStream(run.world.source, "train", run.state.cursor)
         self.pool: Pool | None = None
+        self.evaluations = Beside(run, index, stage)
         self.producer: Producer[Result] = Producer(
             self.play,
             self.draw,
@@ -99,15 +101,20 @@ class RlLoop:
         if run.state.under_way:
             self.producer.restore(run.state.under_way, run.state.version)
         try:
+            self.evaluations.begin(run.state.stage_step)
             for step in range(run.state.stage_step, stage.steps):
                 await self.step(step)
                 due = stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0
-                if (due or run.stopping) and step + 1 < stage.steps:
+                if (due or self.evaluations.due(step + 1) or run.stopping) and step + 1 < stage.steps:
                     await run.checkpoint()
+                    self.evaluations.begin(step + 1)
                     run.go_on()
+            await run.checkpoint()
+            self.evaluations.begin(stage.steps)
+            await self.evaluations.finish()
         finally:
+            self.evaluations.give_up()
             await self.producer.close()
-        await run.checkpoint()
 
     async def step(self, step: int) -> None:
         run = self.run
@@ -124,9 +131,11 @@ class RlLoop:
                 written = asyncio.ensure_future(run.company.buffer.write.remote(str(path), gathered.groups, means))
                 total, credited = await self.learn(gathered, columns, step)
             run.state = replace(run.state, cursor=self.tasks.cursor, under_way=self.producer.state())
+            await self.evaluations.finish()
             await run.publish()
             if written is not None:
                 await written
+        await run.measure()
         self.report(gathered, total, credited, step)
         if step % 10 == 0:
             await run.show_episodes(gathered.all)

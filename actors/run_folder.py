@@ -4,6 +4,7 @@ owner.lock     locked by the process that trains, for as long as it lives; says 
 writer.lock    locked by the controller
 status.json    what the progress display shows, twice a second
 stop           somebody wants the run to save and end
+scale.json     somebody wants other numbers of actors; scaled.json: what came of that
 """
 
 import fcntl
@@ -25,6 +26,7 @@ from actors.status import Status
 from rl.config_file import ConfigError
 
 _KEPT = ("owner.lock", "writer.lock", "stop")
+_ANSWERED = ("stop", "status.json", "scale.json", "scaled.json")
 _PROBED_S = 1.0
 """Who asks whether a folder is owned holds its lock for a moment."""
 _WRITER_WAIT_S = 60.0
@@ -42,7 +44,7 @@ def owning(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     with (folder / "owner.lock").open("a+") as file:
         if not _lock(file, _PROBED_S):
             raise ConfigError(_owned(folder))
-        for name in ("stop", "status.json"):
+        for name in _ANSWERED:
             (folder / name).unlink(missing_ok=True)
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
@@ -114,10 +116,8 @@ def _lock(file: IO[str], patience_s: float = 0.0) -> bool:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    partial = folder / ".status.json"
     with suppress(OSError):  # a full disk is the run's to say
-        partial.write_text(json.dumps(asdict(status)))
-        partial.rename(folder / "status.json")
+        _write_whole(folder / "status.json", asdict(status))
 
 
 def read_status(folder: Path) -> Status | None:
@@ -159,6 +159,47 @@ def stop_run(folder: Path, console: Console, *, wait: bool) -> None:
             while is_owned(folder):
                 time.sleep(_POLL_S)
         show_status(folder, console)
+
+
+def scale_run(folder: Path, wanted: dict[str, int], console: Console, *, wait: bool) -> None:
+    """Ask the run for other numbers of actors, and wait for them. Raises ConfigError when they did not come to be."""
+    if not _running(folder):
+        raise ConfigError(f"nobody trains in {folder}: `repertory status {folder}` says how it ended")
+    scaled = folder / "scaled.json"
+    scaled.unlink(missing_ok=True)
+    _write_whole(folder / "scale.json", wanted)
+    if not wait:
+        return
+    what = ", ".join(f"{role}={count}" for role, count in wanted.items())
+    with console.status(f"waiting for {folder} to have {what}"):
+        while is_owned(folder) and not scaled.is_file():
+            time.sleep(_POLL_S)
+    if not scaled.is_file():
+        raise ConfigError(f"the run in {folder} ended before it was scaled")
+    told = json.loads(scaled.read_text())
+    if told["error"]:
+        raise ConfigError(f"not scaled: {told['error']}")
+    sizes = ", ".join(f"{role}: {count}" for role, count in told["sizes"].items())
+    console.print(f"{folder} has {sizes}", highlight=False, soft_wrap=True)
+
+
+def take_scale_wish(folder: Path) -> dict[str, int] | None:
+    path = folder / "scale.json"
+    if not path.is_file():
+        return None
+    wanted = json.loads(path.read_text())
+    path.unlink()
+    return wanted
+
+
+def write_scaled(folder: Path, sizes: dict[str, int], error: str) -> None:
+    _write_whole(folder / "scaled.json", {"sizes": sizes, "error": error})
+
+
+def _write_whole(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(value))
+    partial.rename(path)
 
 
 def _running(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rl import checkpoint
 from rl.metrics import read_lines
 from rl.trajectory import read_parquet
 
@@ -16,17 +17,21 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u20
 
 
 def show_summary(run: Path, console: Console) -> None:
-    evaluations = read_lines(run / "eval.jsonl")
+    evaluations = [line for line in read_lines(run / "eval.jsonl") if not line.get("beside")]
     if evaluations:
         console.print(evaluation_table(evaluations))
     if len(evaluations) > 1:
         show_before_and_after(run, evaluations[-2], evaluations[-1], console)
+    if (best := checkpoint.best(run)) is not None:
+        told = f"step={best['step']}, held-out success {best['success']:.3f}"
+        console.print(f"\nthe best checkpoint: {told}", highlight=False)
     console.print(f"\nEverything lies in {run}", highlight=False, soft_wrap=True)
     for name, what in (
         ("config.yaml", "the resolved configuration"),
         ("metrics.jsonl", "a line a step"),
         ("eval.jsonl", "a line an evaluation"),
         ("trajectories", "every episode as Parquet; `repertory view` shows them"),
+        ("checkpoints/best", "the best one by held-out success, as the rl stage went on"),
         ("checkpoints/latest", "Hugging Face format: plain transformers and plain vLLM load it"),
         ("wandb", "the wandb run"),
         ("logs", "the run's log, and every actor's process id and peak memory"),

@@ -59,6 +59,7 @@ def show_run(
     config = read_config(run)
     search = find_episodes(run, episodes, Wanted(success, step, flag))
     metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
+    evaluations = [line for line in evaluations if not line.get("beside")]
     console.print(header(run, config, metrics, evaluations))
     if evaluations:
         console.print()

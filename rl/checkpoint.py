@@ -5,6 +5,7 @@
                           repertory.yaml  state.json                   the run's configuration, and where it stood
                           files.json                                   size and checksum of every other file
     checkpoints/latest    a link to the newest
+    checkpoints/best      a link to the best by held-out success, where a stage evaluates as it goes; and best.json
 """
 
 import errno
@@ -76,15 +77,38 @@ def writing(run: Path, step: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _link_latest(root, final.name)
+    _link(root, "latest", final.name)
 
 
-def _link_latest(root: Path, name: str) -> None:
-    link = root / ".latest"
+def _link(root: Path, name: str, to: str) -> None:
+    link = root / f".{name}"
     link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    link.rename(root / "latest")
+    link.symlink_to(to)
+    link.rename(root / name)
     _fsync_one(root)
+
+
+def mark_best(run: Path, step: int, success: float) -> bool:
+    """Keep the checkpoint of a step as the best if none has done as well before. Returns whether it is."""
+    root = run / "checkpoints"
+    known = best(run)
+    if known is not None and known["success"] >= success:
+        return False
+    partial = root / ".best.json"
+    partial.write_text(json.dumps({"step": step, "success": success}))
+    partial.rename(root / "best.json")
+    _link(root, "best", f"step={step}")
+    return True
+
+
+def best(run: Path) -> dict[str, Any] | None:
+    """step and success of the best checkpoint; None where there is none, or it is gone."""
+    root = run / "checkpoints"
+    try:
+        known = json.loads((root / "best.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return known if (root / f"step={known['step']}").is_dir() else None
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -134,11 +158,13 @@ def set_aside_after(run: Path, step: int) -> None:
             aside = folder.with_name(f"damaged.{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-    _link_latest(run / "checkpoints", f"step={step}")
+    _link(run / "checkpoints", "latest", f"step={step}")
 
 
 def prune(run: Path, keep: int, spared: Collection[str] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints, and those named in `spared`."""
+    """Delete all but the newest `keep` checkpoints, the best, and those named in `spared`."""
+    known = best(run)
+    spared = {*spared, *([f"step={known['step']}"] if known else [])}
     for folder in sorted(_found(run), key=_step)[:-keep]:
         if folder.name not in spared:
             shutil.rmtree(folder)

@@ -253,6 +253,16 @@ class CurriculumConfig(Strict):
     parts: PositiveInt = 4
 
 
+class EvaluateConfig(Strict):
+    """Held-out episodes of the policy as it is after every `every` steps, sampled as in training, beside the next step.
+
+    Each is of one checkpoint, which is written then; the one with the highest success is kept as checkpoints/best.
+    """
+
+    every: PositiveInt
+    n: PositiveInt = 100
+
+
 class RlStage(TrainingStage):
     kind: Literal["rl"]
     tasks_per_step: PositiveInt = 32
@@ -260,6 +270,7 @@ class RlStage(TrainingStage):
     """How many versions behind the learner's the oldest token of an episode may be. 0: synchronous; 1: one step off; k:
     the generators go on while the learner learns. What is staler is played again."""
     checkpoint_every: NonNegativeInt = 0
+    evaluate: EvaluateConfig | None = None
     algo: AlgoConfig = AlgoConfig()
     horizon: HorizonConfig | None = None
     curriculum: CurriculumConfig | None = None

@@ -44,6 +44,7 @@ class Sinks:
 
     def __init__(self, run: Path, config: Config, resume: bool = False):
         self._run, self._wandb = run, None
+        self._last_step = 0
         w = config.logging.wandb
         if w.mode != "disabled":
             import wandb
@@ -60,6 +61,7 @@ class Sinks:
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         self._append("metrics.jsonl", line)
+        self._last_step = int(line["step"])
         if self._wandb:
             self._wandb.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=int(line["step"]))
 
@@ -68,7 +70,8 @@ class Sinks:
         if self._wandb:
             names = [k for k in ("success", "success_greedy", "mean_turns") if line.get(k) is not None]
             values = {f"eval/{k}": line[k] for k in names}
-            self._wandb.log(values, step=int(line["step"]))
+            # One that was played beside the next steps comes after their lines, and wandb takes no step twice.
+            self._wandb.log({**values, "eval/step": line["step"]}, step=max(int(line["step"]), self._last_step))
 
     def consumed(self, line: Mapping[str, Any]) -> None:
         """What became of the groups that a step took: what `repertory audit` reads."""
