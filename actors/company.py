@@ -81,7 +81,7 @@ class Company:
         store = remote_class(WeightStore)
         self.store = store.options(
             name=self.store_name, namespace=self.namespace, max_restarts=_FOR_EVER, **free
-        ).remote()
+        ).remote(c.weights.full_every)
         self.generators = [self._make("generator", i) for i in range(c.generator.count)]
         self.workers = [self._make("rollout", i) for i in range(c.rollout.count)]
         self.rewards = [self._make("reward", i) for i in range(c.reward_actor.count)]

@@ -251,7 +251,8 @@ class Controller(AsyncRole):
         self._probe = {
             "publish/transfer_s": published.prepare_s + published.transfer_s,
             "publish/load_s": max((x.load_s for x in loaded), default=0.0),
-            "publish/bytes": float(published.nbytes),
+            "publish/bytes": float(published.sent),
+            "publish/full_bytes": float(published.nbytes),
             "mismatch/probe_mean_diff": max((x.probe_mean_diff for x in loaded), default=0.0),
         }
         log.info("published version %d: %s; loaded: %s", version, published, loaded)

@@ -16,7 +16,7 @@ class Idleness:
 
     async def since_last(self, company: Company) -> dict[str, float]:
         """Since this was last asked: idle/ROLE, the share of the time that the role's actors had nothing to do, and the
-        share of the prompts' tokens that the generators found in their prefix caches. Who was started again is left out.
+        share of the prompts' tokens that the generators found in their prefix caches. Not of who was started again.
         """
         now, statuses = time.perf_counter(), await company.statuses()
         passed = now - self._asked

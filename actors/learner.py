@@ -32,7 +32,7 @@ from rl.param_filter import trainable
 from rl.pretrained import load_tokenizer, prepare_model
 from rl.task import derive_seed
 from rl.trajectory import Trajectory
-from rl.weights import Manifest, checksum, pack, plan_buckets
+from rl.weights import Manifest, checksum, difference, pack, plan_buckets
 
 StepId = tuple[int, int, int]
 """(stage, step, optimizer step within it): asking for the same one again returns the first answer."""
@@ -67,6 +67,9 @@ class LearnerRank(WatchedRole):
         self._before: list[Held] = []
         self._last: tuple[StepId, StepResult] | None = None
         self._packed: dict[int, np.ndarray] = {}
+        self._sent: dict[int, np.ndarray] = {}
+        """The whole buckets of `_sent_version`, where publishes may be of changes."""
+        self._sent_version: int | None = None
         self._open: tuple[TokenScorer, DeepSpeedTrainer] | None = None
         self._values: DeepSpeedTrainer | None = None
         self._base_version: int | None = None
@@ -307,12 +310,16 @@ class LearnerRank(WatchedRole):
 
     # -- publishing ----------------------------------------------------------------------------------------------
 
-    def prepare(self, version: int, step: int, what: What) -> tuple[Manifest, float]:
+    def prepare(self, version: int, step: int, what: What, against: int | None = None) -> tuple[Manifest, float]:
         """Pack this rank's buckets on the host and score the probe. Every rank, in the same order.
 
+        against: the version that whoever takes the buckets has, and may be sent changes to.
         Returns the manifest (checksums not yet filled in) and the probe's seconds. Training may go on afterwards.
         """
         with self.calling("prepare"):
+            if what != "all" or self._sent_version != against:
+                self._sent = {}
+            self._sent_version = version if what == "all" else None
             return self._prepare(version, step, what)
 
     def _prepare(self, version: int, step: int, what: What) -> tuple[Manifest, float]:
@@ -346,10 +353,16 @@ class LearnerRank(WatchedRole):
     def _base_alone(self) -> Any:
         return adapter.disabled(self._scorer.lm)
 
-    def bucket(self, version: int, index: int) -> tuple[np.ndarray, str, str]:
-        """A packed bucket's bytes, their checksum, and this node's id. The caller becomes the owner."""
-        data = self._packed.pop(index)
-        return data, checksum(data), ray.get_runtime_context().get_node_id()
+    def bucket(self, version: int, index: int) -> tuple[np.ndarray, str, str, bool]:
+        """A packed bucket's bytes, or what changed in them (rl/weights.py, difference); the whole bucket's checksum;
+        this node's id; and whether it is only what changed. Four return values; the caller becomes their owner."""
+        data, before = self._packed.pop(index), self._sent.pop(index, None)
+        dtype = self._config.generator_dtype
+        changes = difference(before, data, dtype) if before is not None else None
+        if self._config.weights.full_every > 1 and self._sent_version == version:
+            self._sent[index] = data
+        sent = data if changes is None else changes
+        return sent, checksum(data), ray.get_runtime_context().get_node_id(), changes is not None
 
     def _gathered(self, parameters: Sequence[Any], writer: int | None = None) -> Any:
         """Whole parameters under ZeRO-3; what rank `writer` writes to them is everybody's afterwards."""

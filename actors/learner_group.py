@@ -185,7 +185,7 @@ class LearnerGroup:
         manifests = await asyncio.gather(*(rank.prepare.remote(0, 0, what) for rank in self.ranks))
         count = len(manifests[0][0].buckets)
         calls = [
-            self.ranks[i % len(self.ranks)].bucket.options(num_returns=3).remote(0, i)[1] for i in range(count)
+            self.ranks[i % len(self.ranks)].bucket.options(num_returns=4).remote(0, i)[1] for i in range(count)
         ]
         reached = tuple(await asyncio.gather(*calls)) == expected
         log.info("the learner made again %s the published checksum", "reached" if reached else "did not reach")

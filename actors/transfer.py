@@ -31,8 +31,10 @@ class RayObjectStoreTransfer(LayerwiseTransfer):
     def tensors(self, update_info: StoreUpdate) -> Iterator[tuple[str, torch.Tensor]]:
         import ray
 
-        store = ray.get_actor(update_info.store, namespace=update_info.namespace)
-        manifest, ref = ray.get(store.bucket.remote(update_info.version, update_info.bucket))
+        from actors.bucket_cache import buckets_of
+
+        source = buckets_of(update_info.store, update_info.namespace)
+        manifest, ref = ray.get(source.bucket.remote(update_info.version, update_info.bucket))
         yield from unpack(manifest.buckets[update_info.bucket], ray.get(ref), manifest.dtype)
 
 

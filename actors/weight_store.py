@@ -5,11 +5,12 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.role import AsyncRole
 from rl.env import InfraError
-from rl.weights import Manifest
+from rl.weights import ChecksumError, Manifest, applied, checksum
 
 
 class UnknownVersion(InfraError):
@@ -18,15 +19,27 @@ class UnknownVersion(InfraError):
 
 @dataclass(frozen=True)
 class Published:
-    """What a publish cost: `prepare_s` on the learner (gather, pack, probe), `transfer_s` into the object store."""
+    """What a publish cost: `prepare_s` on the learner (gather, pack, probe), `transfer_s` into the object store.
+
+    nbytes: of the whole version; sent: of what the learner sent of it.
+    """
 
     version: int
     nbytes: int
+    sent: int
     prepare_s: float
     probe_s: float
     transfer_s: float
     checksums: tuple[str, ...]
     """Each bucket's xxh3."""
+
+
+def apply(manifest: Manifest, index: int, before: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """A bucket of a version, from the version before and what changed. Raises ChecksumError."""
+    whole, bucket = applied(before, change, manifest.dtype), manifest.buckets[index]
+    if checksum(whole) != bucket.checksum:
+        raise ChecksumError(f"bucket {index} of version {manifest.version} is not what the learner published")
+    return whole
 
 
 class OtherWeights(ValueError):
@@ -43,8 +56,13 @@ class WeightStore(AsyncRole):
 
     role = "store"
 
-    def __init__(self) -> None:
+    def __init__(self, full_every: int = 1) -> None:
         super().__init__()
+        self._full_every = full_every
+        self._published = 0
+        """Publishes since the last whole one, that one included."""
+        self._changes: tuple[int, int | None, list[Any]] = (-1, None, [])
+        """The newest version, which one its changes are to, and each bucket's, or None where it came whole."""
         self._manifests: dict[int, Manifest] = {}
         self._buckets: dict[int, list[Any]] = {}
         self._pinned: dict[int, int] = {}
@@ -68,35 +86,56 @@ class WeightStore(AsyncRole):
         if self._newest is not None and version <= self._newest:
             raise ValueError(f"version {version} was published before version {self._newest}: numbers are not reused")
         started = time.perf_counter()
-        manifest, probe_s = (
-            await asyncio.gather(*(rank.prepare.remote(version, step, what) for rank in ranks))
-        )[0]
+        against = self._newest if self._sends_changes(what) else None
+        prepared_by_rank = await asyncio.gather(*(rank.prepare.remote(version, step, what, against) for rank in ranks))
+        manifest, probe_s = prepared_by_rank[0]
         prepared = time.perf_counter()
         calls = [
-            ranks[i % len(ranks)].bucket.options(num_returns=3).remote(version, i)
+            ranks[i % len(ranks)].bucket.options(num_returns=4).remote(version, i)
             for i in range(len(manifest.buckets))
         ]
-        nodes = await asyncio.gather(*(node for _, _, node in calls))
-        sums = await asyncio.gather(*(checksum for _, checksum, _ in calls))
-        if expected is not None and tuple(sums) != expected:
+        told = await asyncio.gather(*(asyncio.gather(*call[1:]) for call in calls))
+        sums = tuple(checksum for checksum, _, _ in told)
+        if expected is not None and sums != expected:
             raise OtherWeights(f"version {version} was published with other weights than the learner holds now")
-        refs = [data for data, _, _ in calls]
-        # Under this node's roof before anyone hears of it: the learner's node may be gone tomorrow.
-        refs = [ref if node == self._node else ray.put(await ref) for ref, node in zip(refs, nodes, strict=True)]
-        await asyncio.gather(*(asyncio.to_thread(ray.wait, [ref], fetch_local=True) for ref in refs))
         buckets = tuple(replace(b, checksum=s) for b, s in zip(manifest.buckets, sums, strict=True))
-        self._manifests[version] = replace(manifest, buckets=buckets)
-        self._buckets[version] = refs
+        manifest = replace(manifest, buckets=buckets)
+        sent = 0
+        whole, changes = [], []
+        for i, ((data, *_), (_, node, is_change)) in enumerate(zip(calls, told, strict=True)):
+            # Under this node's roof before anyone hears of it: the learner's node may be gone tomorrow.
+            ref = data if node == self._node else ray.put(await data)
+            await asyncio.to_thread(ray.wait, [ref], fetch_local=True)
+            changes.append(ref if is_change else None)
+            if is_change:
+                assert against is not None
+                before, change = await self._buckets[against][i], await ref
+                sent += change.nbytes
+                ref = ray.put(await asyncio.to_thread(apply, manifest, i, before, change))
+            else:
+                sent += buckets[i].nbytes
+            whole.append(ref)
+        self._manifests[version], self._buckets[version] = manifest, whole
+        self._changes = (version, against, changes)
+        self._published = self._published + 1 if against is not None else 1
         self._newest = version
         self._forget()
         return Published(
             version,
             manifest.nbytes,
+            sent,
             prepared - started - probe_s,
             probe_s,
             time.perf_counter() - prepared,
-            tuple(sums),
+            sums,
         )
+
+    def _sends_changes(self, what: str) -> bool:
+        newest = self._manifests.get(self._newest) if self._newest is not None else None
+        return what == "all" and newest is not None and newest.base is None and self._published < self._full_every
+
+    async def node(self) -> str:
+        return self._node
 
     async def newest(self) -> int | None:
         return self._newest
@@ -109,6 +148,13 @@ class WeightStore(AsyncRole):
     async def bucket(self, version: int, index: int) -> tuple[Manifest, Any]:
         """The manifest, and the ref of one bucket (uint8 bytes)."""
         return await self.manifest(version), self._buckets[version][index]
+
+    async def change(self, version: int, index: int) -> tuple[int, Any] | None:
+        """What changed in a bucket of the newest version: to which version, and a ref of it. None: it came whole."""
+        newest, against, changes = self._changes
+        if version != newest or against is None or changes[index] is None:
+            return None
+        return against, changes[index]
 
     async def pin(self, version: int) -> Manifest:
         """Keep a version until `unpin`: its readers may be slow."""

@@ -192,6 +192,9 @@ class LearnerConfig(Role):
 
 class WeightsConfig(Strict):
     bucket_mib: PositiveInt = 256
+    full_every: PositiveInt = 1
+    """Every so many publishes are whole; those between send only the values that changed, lossless. Worth it in bf16
+    where generators are on other nodes than the learner; the learner then keeps a copy of what it sent last."""
     probe_bound: float | None = Field(default=None, gt=0)
     """Largest mean |log-prob difference| of the probe, generator against learner. Default 1e-3 (fp32), 0.1 (bf16)."""
 

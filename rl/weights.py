@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,34 @@ def pack(bucket: Bucket, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarra
         target = packed[entry.offset : entry.offset + entry.nbytes].view(DTYPES[dtype]).view(entry.shape)
         target.copy_(tensors[entry.name].detach())
     return packed.numpy()
+
+
+def difference(old: np.ndarray, new: np.ndarray, dtype: str) -> np.ndarray | None:
+    """What changed from one version of a bucket to the next, uint8: positions (uint32), then the new values.
+
+    None where that is not smaller than half of the bucket. Lossless: values are compared and copied as bits.
+    """
+    word = _word(dtype)
+    if old.nbytes != new.nbytes or new.nbytes // word.itemsize > np.iinfo(np.uint32).max:
+        return None
+    before, after = old.view(word), new.view(word)
+    changed = np.flatnonzero(before != after)
+    if len(changed) * (4 + word.itemsize) * 2 > new.nbytes:
+        return None
+    return np.concatenate([changed.astype(np.uint32).view(np.uint8), after[changed].view(np.uint8)])
+
+
+def applied(old: np.ndarray, changes: np.ndarray, dtype: str) -> np.ndarray:
+    """The next version of a bucket, from the one before and `difference`: a new array."""
+    word = _word(dtype)
+    count = len(changes) // (4 + word.itemsize)
+    new = old.copy()
+    new.view(word)[changes[: 4 * count].view(np.uint32)] = np.frombuffer(changes[4 * count :].tobytes(), word)
+    return new
+
+
+def _word(dtype: str) -> np.dtype[Any]:
+    return np.dtype({2: np.uint16, 4: np.uint32}[DTYPES[dtype].itemsize])
 
 
 def checksum(data: np.ndarray) -> str:
