@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.buffer import Buffer
-from actors.faults import backoff, cause_of, is_infra, tried, within
+from actors.faults import backoff, cause_of, is_death, is_infra, named, tried, within
 from actors.generator import UNPUBLISHED, Generator, Loaded
 from actors.learner import LearnerRank, StepResult, What
 from actors.learner_group import LearnerGroup
@@ -20,10 +20,10 @@ from actors.placement import Placement, inherited
 from actors.reference import Reference
 from actors.replica_health import ReplicaHealth
 from actors.reward import Reward
-from actors.role import bound_threads, remote_class
+from actors.role import NotOpen, bound_threads, remote_class
 from actors.rollout import RolloutWorker
 from actors.supervisor import Supervisor
-from actors.weight_store import OtherWeights, Published, UnknownVersion, WeightStore
+from actors.weight_store import OtherWeights, Published, WeightStore
 from rl.config import Config
 from rl.gradient import Sums, add_sums
 
@@ -287,9 +287,8 @@ class Company:
             except Exception as error:
                 if not is_infra(error):
                     raise
-                log.warning("version %d was not published: %s", version, cause_of(error))
-                if not isinstance(cause_of(error), UnknownVersion):
-                    await self.learner.mend_if_broken(lives, error)
+                log.warning("version %d was not published: %s", version, named(error))
+                await self.learner.mend_if_broken(lives, error)
                 await asyncio.sleep(backoff(version - first))
         raise AssertionError("the loop does not end")
 
@@ -299,7 +298,8 @@ class Company:
     async def load(self, version: int) -> list[Loaded]:
         """Every generator swaps to `version` and proves it; none gets work before it has.
 
-        One that is being started again catches up by itself. Raises UnknownVersion when the store has lost it.
+        One that has died catches up by itself when it is back. Raises whatever else kept one from it, such as the
+        store's death: it would go on with the weights that it has.
         """
         faults = self.config.faults
         calls = [within(faults.deadline_s, g.load.remote(version)) for g in self.generators]
@@ -307,10 +307,9 @@ class Company:
         loaded = [r for r in results if isinstance(r, Loaded)]
         for result in results:
             if isinstance(result, BaseException):
-                cause = cause_of(result)
-                if not is_infra(result) or isinstance(cause, UnknownVersion):
+                if not is_death(result) and not isinstance(cause_of(result), NotOpen):
                     raise result
-                log.warning("a generator did not load version %d: %s", version, cause)
+                log.warning("a generator did not load version %d: %s", version, named(result))
         return loaded
 
     async def step(self, method: str, *arguments: Any) -> tuple[Sums, StepResult]:

@@ -25,10 +25,14 @@ from rl.algo.schedule import coefficient, curriculum_order, draw, horizon, open_
 from rl.batch import mini_batches
 from rl.config_stage import CurriculumConfig, RlStage
 from rl.credit import GroupFacts
+from rl.env import InfraError
 from rl.episode import GroupRequest
 from rl.metrics import rollout_metrics
 from rl.objective import Sums, add_sums, to_metrics
 from rl.task import Task, TaskStream, derive_seed
+
+_STALE_LIMIT = 20
+"""A generator that lags behind for ever is a failure of ours, and not to be waited for."""
 
 if TYPE_CHECKING:
     from actors.controller import Controller
@@ -174,6 +178,8 @@ class RlLoop:
             return
         group = played.groups[0]
         if max(staleness(group, version), default=0) > self.stage.max_staleness:
+            if place.attempt >= _STALE_LIMIT:
+                raise InfraError(f"the group of task {group.request.task.id} was too stale {place.attempt + 1} times")
             found.stale += 1
             found.ends.append((place, group.request.task.id, "stale"))
             self.producer.again(place, version)

@@ -103,9 +103,9 @@ class Role:
         """Which life of the actor this is: another one after each restart. Answered after the call that runs."""
         return self._life
 
-    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def apply(self, func: Callable[["Role"], Any]) -> Any:
         """What RLlib's FaultTolerantActorManager calls an actor by."""
-        return function(self, *args, **kwargs)
+        return func(self)
 
 
 class WatchedRole(Role):

@@ -3,7 +3,7 @@
     python tests/actors/chaos.py [ROW ...]
 
 A row is a role; its four kills come while the role is idle, inside one of its calls, while weights are published, and
-while a checkpoint is written. When a kill landed is proven by the processes' own notes of when their calls begin and end
+while a checkpoint is written. When a kill landed is proven by the processes' own notes of when calls begin and end
 (actors/role.py, REPERTORY_CALL_LOG): a kill that came a moment too late is no kill, and the next opportunity is taken.
 Finished rows are kept in runs/chaos/results.json; naming a row makes it again.
 """
@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -369,7 +368,7 @@ def main() -> int:
     with console.status("the quickstart's SFT, once"):
         warm_up(HOME)
     for row in ("undisturbed", *ROWS):
-        if row in results and row not in wanted or wanted and row not in (*wanted, "undisturbed"):
+        if (row in results and row not in wanted) or (wanted and row not in (*wanted, "undisturbed")):
             continue
         with console.status(f"{row}: a run of {scale.steps} steps"):
             results[row] = one_row(row, scale)

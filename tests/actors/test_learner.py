@@ -267,9 +267,7 @@ def test_pairs_on_two_ranks_with_a_reference_by_the_learner(ray_cluster, quickst
     """M-DPO and M-KTO over two ranks against one process; the reference is what the learner itself scored before."""
     groups, _ = batch
     config = quickstart_config(*SMALL, "learner.count=2", "learner.zero_stage=1", "learner.micro_batch_tokens=128")
-    pairs = [
-        Example((g[0], g[1], groups[(i + 1) % 3][2]), (1.0, -1.0, 0.0), "pair") for i, g in enumerate(groups)
-    ]
+    pairs = [Example((g[0], g[1], groups[(i + 1) % 3][2]), (1.0, -1.0, 0.0), "pair") for i, g in enumerate(groups)]
     for loss in ("sigmoid", "kto"):
         stage = PreferenceStage(
             kind="preference", steps=STEPS, lr=LR, adam_eps=EPS, batch_size=3, loss=loss, beta=0.5,

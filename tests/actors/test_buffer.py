@@ -1,0 +1,126 @@
+"""The buffer against real workers and graders that die: what is lost is played again, what fails is named.
+
+No failure becomes a reward.
+"""
+
+import asyncio
+import os
+import signal
+
+import pytest
+import ray
+from conftest import HERE
+from deadly_env import KINDS
+
+from actors.buffer import Buffer, Dropped
+from actors.generator import Generator
+from actors.reward import Reward
+from actors.role import bound_threads, remote_class
+from actors.rollout import RolloutWorker
+from actors.supervisor import Supervisor
+from actors.weight_store import WeightStore
+from rl.config import FaultsConfig
+from rl.env import World
+from rl.episode import GroupRequest
+from rl.policy import Sampling
+from rl.pretrained import prepare_model
+
+NAMESPACE = "test-buffer"
+SAMPLING = Sampling(max_tokens=4)
+FAULTS = "faults={attempts: 3, deadline_s: 60, patience_s: 120}"
+
+
+@pytest.fixture(scope="module")
+def parts(ray_cluster, quickstart_config, tmp_path_factory):
+    """Two workers, two graders and a generator, as the company makes them."""
+    folder = tmp_path_factory.mktemp("deadly")
+    config = quickstart_config(
+        "model.scratch.layers=2", "model.scratch.hidden=64", "model.scratch.heads=2", FAULTS,
+        f"env={{name: custom, path: deadly_env.Deadly, max_turns: 2, args: {{folder: {folder}}}}}",
+        "reward.function=deadly_env.slowly",
+        "stages=[{kind: eval}]",
+    )  # fmt: skip
+    model = str(prepare_model(quickstart_config().model.model_copy(update={"scratch": config.model.scratch}),
+                              World(quickstart_config().env, 0), 0, folder / "m"))  # fmt: skip
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    options = {"num_cpus": 0, "max_restarts": -1, "runtime_env": {"env_vars": {**bound_threads(1), "PYTHONPATH": path}}}
+    many = {**options, "max_concurrency": 64}
+    store = remote_class(WeightStore).options(name="store", namespace=NAMESPACE, **many).remote()
+    generator = remote_class(Generator).options(**many).remote(config, "cpu", "store", NAMESPACE)
+    workers = [remote_class(RolloutWorker).options(**many).remote(config, [generator]) for _ in range(2)]
+    graders = [remote_class(Reward).options(**options).remote(config) for _ in range(2)]
+    ray.get([generator.open.remote(model), store.newest.remote(), *(w.open.remote(model) for w in workers)])
+    yield config, model, workers, graders, many
+    for actor in [store, generator, *workers, *graders]:
+        ray.kill(actor)
+
+
+def played(parts, indices, meanwhile=None, deadline_s=60.0):
+    """The buffer's answer for tasks by index, two samples each, while dead workers are opened again."""
+    config, model, workers, graders, many = parts
+    source = World(config.env, 0).source
+    faults = config.faults.model_copy(update={"deadline_s": deadline_s})
+    config = config.model_copy(update={"faults": faults})
+
+    async def run():
+        supervisor = Supervisor(FaultsConfig(infra_budget=100), lambda message: None)
+        for worker in workers:
+            supervisor.keep("rollout", worker, lambda w=worker: opened(w))
+
+        async def opened(worker) -> None:
+            await worker.open.remote(model)
+
+        buffer = remote_class(Buffer).options(**many).remote(config, workers, graders)
+        requests = [GroupRequest(0, 0, source.task("train", i), 2) for i in indices]
+        playing = asyncio.ensure_future(asyncio.wrap_future(buffer.play.remote(requests, SAMPLING).future()))
+        if meanwhile:
+            await meanwhile(workers, graders)
+        found = await playing
+        again = await buffer.play.remote(requests[:1], SAMPLING)
+        supervisor.close()
+        ray.kill(buffer)
+        assert not supervisor.failed.done()
+        return found, again
+
+    return asyncio.run(run())
+
+
+def index_of(kind: str, n: int = 0) -> int:
+    return KINDS.index(kind) + n * len(KINDS)
+
+
+def test_a_task_that_ends_every_worker_is_quarantined_and_named_and_the_others_are_played(parts):
+    fine = [index_of("fine", n) for n in range(6)]
+    found, again = played(parts, [index_of("kills"), *fine])
+    assert [g.request.task.id for g in found.groups] == [f"fine-{i}" for i in fine]
+    assert [[s.total for s in g.scores] for g in found.groups] == [[float(i)] * 2 for i in fine]
+    (dropped,) = found.dropped
+    assert dropped == Dropped("kills-1", "its environment ended the rollout worker 3 times", quarantined=True)
+    assert found.replayed >= 3
+    assert again.groups == [] and again.dropped[0].cause == "it is quarantined", "it is never tried again"
+
+
+def test_a_task_that_fails_of_itself_is_dropped_after_its_attempts_and_a_lost_service_is_asked_again(parts):
+    found, _ = played(parts, [index_of("raises"), index_of("service", 1), index_of("never", 2)], deadline_s=3)
+    assert [g.request.task.id for g in found.groups] == [f"service-{index_of('service', 1)}"]
+    assert [s.total for s in found.groups[0].scores] == [float(index_of("service", 1))] * 2
+    causes = {d.task: d.cause for d in found.dropped}
+    assert causes[f"raises-{index_of('raises')}"] == "KeyError: 'a bad row'"
+    assert "faults.deadline_s" in causes[f"never-{index_of('never', 2)}"]
+    assert not any(d.quarantined for d in found.dropped)
+
+
+def test_graders_and_workers_that_are_killed_under_load_cost_no_group_and_make_no_reward(parts):
+    async def kill(workers, graders) -> None:
+        await asyncio.sleep(0.5)
+        for victim in (graders[0], workers[0], graders[1]):
+            pid = (await victim.status.remote())["pid"]
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.7)
+
+    fine = [index_of("fine", n) for n in range(10, 40)]
+    found, _ = played(parts, fine, kill)
+    assert found.dropped == [] and found.replayed > 0
+    assert {g.request.task.id: [s.total for s in g.scores] for g in found.groups} == {
+        f"fine-{i}": [float(i)] * 2 for i in fine
+    }
