@@ -163,7 +163,7 @@ class Controller(AsyncRole):
         config = self.config
         self.world = World(config.env, config.run.seed)
         self._sinks = Sinks(self.folder, config, resume=self._resume is not None)
-        placement = await Placement.make(config)
+        placement = await Placement.make(config, f"repertory {self.folder}")
         log.info("the cluster has room for every role")
         store = f"weights-{config.run.name}"
         self.company = Company(

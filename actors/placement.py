@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.role import CALL_LOG, bound_threads, keep_memory
@@ -69,12 +75,17 @@ class Placement:
     group: PlacementGroup
     bundles: dict[tuple[str, int], int]
     config: Config
+    owner: str
     extra: dict[tuple[str, int], PlacementGroup] = field(default_factory=dict)
     """Of actors that joined a run under way: each has a group of its own."""
 
     @staticmethod
-    async def make(config: Config) -> "Placement":
-        """Raises ClusterTooSmall, also when the total suffices and no node can hold a bundle."""
+    async def make(config: Config, owner: str) -> "Placement":
+        """owner: names the run. Room that an earlier controller of it has left behind is given back first.
+
+        Raises ClusterTooSmall, also when the total suffices and no node can hold a bundle.
+        """
+        _give_back(owner)
         total = ray.cluster_resources()
         wanted = check(config, total.get("CPU", 0), total.get("GPU", 0))
         bundles: list[dict[str, float]] = []
@@ -84,7 +95,7 @@ class Placement:
                 index[demand.role, i] = len(bundles)
                 bundles.append(_bundle(demand))
         strategy = "PACK" if config.placement.strategy == "packed" else "SPREAD"
-        group = placement_group(bundles, strategy=strategy)
+        group = placement_group(bundles, strategy=strategy, name=owner)
         ready, _ = ray.wait([group.ready()], timeout=_ROOM_S)
         if not ready:
             remove_placement_group(group)
@@ -94,7 +105,7 @@ class Placement:
                 f"the cluster did not free what the roles want within {_ROOM_S:g} s (now free: {free.get('CPU', 0):g} "
                 f"CPUs, {free.get('GPU', 0):g} GPUs):\n{each}"
             )
-        return Placement(group, index, config)
+        return Placement(group, index, config, owner)
 
     async def add(self, role: str, index: int) -> None:
         """Room for one more actor. A bundle that an earlier one has left is used again.
@@ -104,7 +115,7 @@ class Placement:
         if (role, index) in self.bundles:
             return
         demand = next(d for d in demands(self.config) if d.role == role)
-        group = placement_group([_bundle(demand)])
+        group = placement_group([_bundle(demand)], name=self.owner)
         ready, _ = await asyncio.to_thread(ray.wait, [group.ready()], timeout=_ROOM_S)
         if not ready:
             remove_placement_group(group)
@@ -132,6 +143,13 @@ class Placement:
             "runtime_env": {"env_vars": {**bound_threads(spec.threads), **memory, **inherited()}},
             **more,
         }
+
+
+def _give_back(owner: str) -> None:
+    """Ray keeps a dead actor's groups for as long as its job lives."""
+    for found in placement_group_table().values():
+        if found["name"] == owner and found["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(found["placement_group_id"]))))
 
 
 def _bundle(demand: Demand) -> dict[str, float]:
