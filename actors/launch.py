@@ -124,14 +124,18 @@ def _watch(controller: Any, finished: Any, folder: Path, display: Any, wish: _St
 
 
 def _start_controller(config: Config, folder: Path, device: str, resume: bool, before: str) -> tuple[Any, Any]:
-    """before: why there was another before."""
+    """On this node, if it has room. before: why there was another before."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from actors.controller import Controller
     from actors.placement import inherited
     from actors.role import bound_threads, remote_class
 
     environment = {**bound_threads(1), "WANDB_SILENT": "true", **inherited()}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor: Any = remote_class(Controller).options(
-        num_cpus=0, max_concurrency=100, runtime_env={"env_vars": environment}
+        num_cpus=0, max_concurrency=100, scheduling_strategy=here, runtime_env={"env_vars": environment}
     )
     namespace = f"{NAMESPACE}-{folder.name}-{time.time_ns()}"
     controller = actor.remote(config, str(folder), device, namespace, resume, before)

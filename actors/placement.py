@@ -115,7 +115,7 @@ class Placement:
         if (role, index) in self.bundles:
             return
         demand = next(d for d in demands(self.config) if d.role == role)
-        group = placement_group([_bundle(demand)], name=self.owner)
+        group = placement_group([_bundle(demand)], name=f"{self.owner} {role} {index}")
         ready, _ = await asyncio.to_thread(ray.wait, [group.ready()], timeout=_ROOM_S)
         if not ready:
             remove_placement_group(group)
@@ -148,7 +148,7 @@ class Placement:
 def _give_back(owner: str) -> None:
     """Ray keeps a dead actor's groups for as long as its job lives."""
     for found in placement_group_table().values():
-        if found["name"] == owner and found["state"] != "REMOVED":
+        if f"{found['name']} ".startswith(f"{owner} ") and found["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(found["placement_group_id"]))))
 
 

@@ -1,10 +1,13 @@
 """Asynchronous training: bounded staleness, versions token by token, and every task exactly once, stopped or not."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from chaos import kill_job
 from conftest import Run, full_softmax_logprobs, repertory, started, wait_until
 
 from actors.audit import audit
@@ -17,7 +20,7 @@ STEPS, STALENESS = 10, 2
 
 @pytest.fixture(scope="module")
 def asynchronous(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped in the middle, with groups under way, and resumed."""
+    """A run with groups under way that was killed whole at a moment of chance, stopped, and resumed twice."""
     root = tmp_path_factory.mktemp("async")
     settings = {
         "run": {"name": "async", "root": str(root), "keep_checkpoints": 100},
@@ -34,9 +37,14 @@ def asynchronous(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = root / "async.yaml"
     config.write_text(json.dumps(settings))
     first = started("train", str(config))
-    wait_until(root / "async", first, lambda s: s.stage_step >= 4)
+    wait_until(root / "async", first, lambda s: s.stage_step >= 3)
+    time.sleep(random.uniform(0, 2))
+    kill_job(first.pid)
+    first.wait()
+    second = started("train", str(config), "--resume")
+    wait_until(root / "async", second, lambda s: s.stage_step >= 6)
     assert repertory("stop", str(root / "async")).returncode == 0
-    assert first.wait(60) == 0, first.communicate()[0]
+    assert second.wait(60) == 0, second.communicate()[0]
     done = repertory("train", str(config), "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "async"

@@ -136,7 +136,7 @@ def test_every_reward_is_one_that_was_given(killed):
         number = int(row["task"].partition("-")[2])
         first = json.loads(row["messages"])[1]["content"]
         digits = sum(c.isdigit() for c in first) / max(1, len(first))
-        assert row["turn_rewards"] == [worth(number)] * len(row["turn_rewards"])
+        assert row["turn_rewards"] == pytest.approx([worth(number)] * len(row["turn_rewards"]))
         assert row["reward"] == pytest.approx(digits + sum(row["turn_rewards"]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chaos import kill_job
 from conftest import SMALL, Run, repertory, started, wait_until
 from safetensors.torch import load_file
 
@@ -25,8 +26,9 @@ def wait_for_a_line(folder: Path, process: subprocess.Popen[str], stage: str) ->
 
 
 @pytest.fixture(scope="module")
-def stopped_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The session's small run once more, ended in its sft stage by SIGTERM and in its rl stage by `repertory stop`."""
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The session's small run once more: ended in its sft stage by SIGTERM, in its rl stage by `repertory stop` and by
+    SIGKILL of every process."""
     root = tmp_path_factory.mktemp("stopped")
     folder = root / "small"
     settings = [CONFIG, f"run.root={root}", "run.name=small", *SMALL]
@@ -46,14 +48,19 @@ def stopped_twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     told += [resumed.communicate(timeout=60)[0], stop.stdout]
     assert (resumed.returncode, stop.returncode) == (0, 0), told[-1] + stop.stderr
 
+    killed = started("train", *settings, "--resume")
+    wait_until(folder, killed, lambda s: s.phase == "rl" and s.stage_step > 1)
+    kill_job(killed.pid)
+    killed.wait()
+
     last = repertory("train", *settings, "--resume")
     assert last.returncode == 0, last.stdout + last.stderr
     told += [last.stdout, repertory("status", str(folder)).stdout]
     return folder, told
 
 
-def test_it_says_what_happened_and_where_it_stopped(stopped_twice):
-    _, (first, second, status, resumed, stop, last, done) = stopped_twice
+def test_it_says_what_happened_and_where_it_stopped(stopped):
+    _, (first, second, status, resumed, stop, last, done) = stopped
     steps = []
     for output in (first, resumed):
         assert "asked to stop: this step is finished first" in output
@@ -68,8 +75,8 @@ def test_it_says_what_happened_and_where_it_stopped(stopped_twice):
     assert "is done" in done
 
 
-def test_every_step_is_there_once_and_time_goes_on(stopped_twice):
-    lines = read_lines(stopped_twice[0] / "metrics.jsonl")
+def test_every_step_is_there_once_and_time_goes_on(stopped):
+    lines = read_lines(stopped[0] / "metrics.jsonl")
     assert [line["step"] for line in lines] == [*range(1, 16)]
     times = [line["time_s"] for line in lines]
     assert times == sorted(times)
@@ -77,12 +84,12 @@ def test_every_step_is_there_once_and_time_goes_on(stopped_twice):
     assert versions == sorted(versions), "a version is never used again"
 
 
-def test_it_sampled_and_learned_what_the_run_that_was_not_stopped_did(stopped_twice, small_run: Run):
+def test_it_sampled_and_learned_what_the_run_that_was_not_stopped_did(stopped, small_run: Run):
     for step in range(3):
         name = f"trajectories/rl-03-{step:05d}.parquet"
-        ours, theirs = (read_parquet(folder / name) for folder in (stopped_twice[0], small_run.folder))
+        ours, theirs = (read_parquet(folder / name) for folder in (stopped[0], small_run.folder))
         assert [row["task"] for row in ours] == [row["task"] for row in theirs]
         assert all(np.array_equal(a["tokens"], b["tokens"]) for a, b in zip(ours, theirs, strict=True))
     last = "checkpoints/latest/model.safetensors"
-    ours, theirs = (load_file(folder / last) for folder in (stopped_twice[0], small_run.folder))
+    ours, theirs = (load_file(folder / last) for folder in (stopped[0], small_run.folder))
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
