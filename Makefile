@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install quickstart test lint unit bench objectives clean
+.PHONY: install quickstart test lint unit bench chaos objectives clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r .ci/lock-bench.txt
 	$(BIN)/python tests/benchmarks/run.py $(WHAT)
+
+chaos: $(STAMP)
+	$(BIN)/python tests/actors/chaos.py $(ROW)
 
 objectives: $(STAMP)
 	$(BIN)/python tests/benchmarks/objectives.py $(ONLY)

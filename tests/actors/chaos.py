@@ -1,6 +1,7 @@
 """`make chaos`: the fault matrix. Real SIGKILLs of real processes, a run a row, four kills in it, a table at the end.
 
-    python tests/actors/chaos.py [ROW ...]
+    make chaos                  every row that is not there yet
+    make chaos ROW=generator    that row once more
 
 A row is a role; its four kills come while the role is idle, inside one of its calls, while weights are published, and
 while a checkpoint is written. When a kill landed is proven by the processes' own notes of when calls begin and end

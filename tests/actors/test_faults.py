@@ -21,10 +21,10 @@ from actors.role import CALL_LOG
 from rl.metrics import read_lines
 from rl.trajectory import read_parquet
 
-STEPS = 14
+STEPS = 13
 ORDER = [
     ("reward", "busy"), ("service", "busy"), ("rollout", "busy"), ("reference", "busy"), ("store", "idle"),
-    ("learner", "busy"), ("generator", "busy"), ("learner", "publish"), ("store", "publish"),
+    ("learner", "busy"), ("generator", "busy"), ("store", "publish"),
     ("rollout", "checkpoint"), ("controller", "idle"),
 ]  # fmt: skip
 """Who is killed when, one after the other, each after the run has done a step since the last."""

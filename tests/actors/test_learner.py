@@ -1,5 +1,10 @@
 """The learner's ranks against each other and against plain torch: the same batch gives the same update."""
 
+import asyncio
+import os
+import signal
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 import ray
@@ -7,7 +12,10 @@ import torch
 
 from actors.learner import LearnerRank
 from actors.learner_batch import Drawn, Held, RlBatch, example_samples
-from actors.role import bound_threads
+from actors.learner_group import LearnerGroup
+from actors.role import bound_threads, remote_class
+from actors.supervisor import Supervisor
+from actors.weight_store import WeightStore
 from rl import adapter
 from rl.algo.loss import token_weights
 from rl.batch import Sample, spread_weights, turn_lengths
@@ -107,7 +115,7 @@ class Ranks:
     """A learner group of its own, killed at the end."""
 
     def __init__(self, config, model):
-        rank = ray.remote(LearnerRank)
+        rank = remote_class(LearnerRank)
         options = {"num_cpus": 0, "runtime_env": {"env_vars": bound_threads(1)}}
         self.actors = [rank.options(**options).remote(config, "cpu", i) for i in range(config.learner.count)]
         self.model = model
@@ -134,7 +142,7 @@ class Ranks:
         manifests = self.all("prepare", 0, STEPS, what)
         weights = {}
         for i, bucket in enumerate(manifests[0][0].buckets):
-            data, _, _ = ray.get(self.actors[i % len(self.actors)].bucket.remote(0, i))
+            data, *_ = ray.get(self.actors[i % len(self.actors)].bucket.remote(0, i))
             weights |= {n: t.clone() for n, t in unpack(bucket, data, manifests[0][0].dtype)}
         return weights, manifests[0][0]
 
@@ -294,3 +302,61 @@ def test_pairs_on_two_ranks_with_a_reference_by_the_learner(ray_cluster, quickst
             weights, _ = learner.published()
         assert_same_update(model, weights, {n: p.detach() for n, p in lm.named_parameters()})
         assert to_metrics(sums)["preference/margin"] > 0.1
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 1)])
+def test_a_group_that_lost_a_rank_is_made_again_and_reaches_the_same_weights(
+    ray_cluster, quickstart_config, model, batch, tmp_path, ranks, zero_stage
+):
+    """Killed inside a step and between two, before a checkpoint and after one; the weights to the bit."""
+    config = quickstart_config(*SMALL, f"learner.count={ranks}", f"learner.zero_stage={zero_stage}")
+    stage, one = rl_stage(ALGO), shipped(batch, ALGO)
+
+    async def train(killed: Collection[str]) -> tuple[list[tuple[str, ...]], int]:
+        supervisor = Supervisor(config.faults, lambda message: None)
+        options = {"num_cpus": 0, "max_restarts": -1, "runtime_env": {"env_vars": bound_threads(1)}}
+        rank = remote_class(LearnerRank).options(**options)
+        group = LearnerGroup([rank.remote(config, "cpu", i) for i in range(ranks)], config.faults, supervisor)
+        store = remote_class(WeightStore).options(num_cpus=0).remote()
+        await group.open(model, PROBE)
+
+        async def kill(moment: str, after_s: float = 0.0) -> None:
+            if moment in killed:
+                pid = (await group.ranks[-1].status.remote())["pid"]
+                await asyncio.sleep(after_s)
+                os.kill(pid, signal.SIGKILL)
+
+        async def step(number: int) -> None:
+            await group.tell("rl_step", (0, number, 0), one, LR, None)
+
+        published = []
+
+        async def publish(version: int) -> None:
+            told = await store.publish.remote(version, version, group.ranks)
+            group.published(told.checksums, "all")
+            published.append(told.checksums)
+
+        await group.tell("begin_stage", 0, stage, model, None)
+        await asyncio.gather(step(0), kill("in step 0", 0.01))
+        await publish(0)
+        await kill("between")
+        await step(1)
+        await group.ask("save", str(tmp_path / f"c{len(killed)}"))
+        folder = tmp_path / f"c{len(killed)}"
+        group.saved(folder, ("begin_stage", (0, stage, model, str(folder))))
+        await publish(1)
+        await asyncio.gather(step(2), kill("in step 2", 0.01))
+        await publish(2)
+        assert group.holds_the_published
+        with pytest.raises(ray.exceptions.RayTaskError, match="takes 1 positional"):
+            await group.ask("address", "nonsense")  # an error of its own is no death
+        for actor in [*group.ranks, store]:
+            ray.kill(actor)
+        return published, group.lives
+
+    async def both():
+        return await train(()), await train(("in step 0", "between", "in step 2"))
+
+    (expected, once), (found, lives) = asyncio.run(both())
+    assert once == 0 and lives == 3
+    assert len(set(expected)) == 3 and found == expected

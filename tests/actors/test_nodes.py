@@ -41,9 +41,8 @@ def survived(small_run: Run, tmp_path_factory: pytest.TempPathFactory):
         stays = NodeAffinitySchedulingStrategy(head, soft=False)
         tenants = [Tenant.options(num_cpus=cpus, scheduling_strategy=stays).remote() for cpus in TAKEN]
         ray.get([tenant.here.remote() for tenant in tenants])
-        second = cluster.add_node(num_cpus=1)
         os.environ["RAY_ADDRESS"] = cluster.address
-        yield trained(root, small_run, cluster, second, tenants)
+        yield trained(root, small_run, cluster, tenants)
     finally:
         os.environ.pop("RAY_ADDRESS", None)
         if before:
@@ -52,7 +51,7 @@ def survived(small_run: Run, tmp_path_factory: pytest.TempPathFactory):
         cluster.shutdown()
 
 
-def trained(root: Path, small_run: Run, cluster: Cluster, second, tenants) -> tuple[Path, str, int, list[str]]:
+def trained(root: Path, small_run: Run, cluster: Cluster, tenants) -> tuple[Path, str, int, list[str]]:
     settings = {
         "run": {"name": "nodes", "root": str(root)},
         "model": {"path": str(small_run.folder / "checkpoints" / "latest"), "max_length": 200},
@@ -69,6 +68,8 @@ def trained(root: Path, small_run: Run, cluster: Cluster, second, tenants) -> tu
     config = root / "nodes.yaml"
     config.write_text(json.dumps(settings))
     process, folder = started("train", str(config)), root / "nodes"
+    wait_until(folder, process, lambda s: s.phase == "starting")  # on the first node, the only one yet
+    second = cluster.add_node(num_cpus=1)
     wait_until(folder, process, lambda s: s.stage_step >= 4)
     for tenant in tenants:
         ray.kill(tenant)

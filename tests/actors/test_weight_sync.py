@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import ray
 
+from actors.bucket_cache import BucketCache
 from actors.generator import Generator
 from actors.learner import LearnerRank
-from actors.role import bound_threads
+from actors.role import bound_threads, remote_class
 from actors.weight_store import WeightStore
 from rl.env import World
 from rl.pretrained import prepare_model
+from rl.weights import checksum
 
 NAMESPACE = "test-weights"
 PROBE = list(range(3, 90))
@@ -39,8 +41,8 @@ def parts(ray_cluster, quickstart_config, tmp_path_factory):
     small = ("model.scratch.layers=2", "model.scratch.hidden=64", "model.scratch.heads=2")
     config = quickstart_config(*small, "weights.bucket_mib=1")
     model = str(prepare_model(config.model, World(config.env, 0), 0, tmp_path_factory.mktemp("m") / "m"))
-    store = ray.remote(WeightStore).options(name="store", namespace=NAMESPACE, num_cpus=0).remote()
-    learner = ray.remote(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
+    store = remote_class(WeightStore).options(name="store", namespace=NAMESPACE, num_cpus=0).remote()
+    learner = remote_class(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
     host, port = ray.get(learner.address.remote())
     ray.get(learner.open.remote(model, PROBE, host, port))
     return config, model, store, learner
@@ -97,3 +99,45 @@ def test_version_numbers_are_never_reused(parts):
         ray.get(store.publish.remote(0, 0, []))
     with pytest.raises(ray.exceptions.RayTaskError, match="not in the store"):
         ray.get(store.manifest.remote(7))
+
+
+def test_changes_are_applied_once_a_node_and_a_restarted_store_takes_only_what_was_published(parts):
+    config, model, _, _ = parts
+    config = config.model_copy(update={"weights": config.weights.model_copy(update={"full_every": 3})})
+    options = {"num_cpus": 0, "runtime_env": environment(), "max_concurrency": 8}
+    store = remote_class(WeightStore).options(name="changes", namespace=NAMESPACE, **options).remote(3)
+    learner = remote_class(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
+    ray.get(learner.open.remote(model, PROBE, *ray.get(learner.address.remote())))
+    cache = remote_class(BucketCache).options(**options).remote("changes", NAMESPACE)
+
+    def move_one(self):
+        import torch
+
+        with torch.no_grad():
+            next(iter(self._scorer.lm.parameters()))[0, :5] += 1
+
+    def received(version: int) -> int:
+        """Bytes that the node got for a version; what its processes read is the version to the bit."""
+        before = ray.get(cache.status.remote())["received"]
+        for _ in range(2):  # two generators
+            manifest, ref = ray.get(cache.bucket.remote(version, 0))
+            assert np.array_equal(ray.get(ref), ray.get(ray.get(store.bucket.remote(version, 0))[1]))
+        assert manifest.version == version and checksum(ray.get(ref)) == manifest.buckets[0].checksum
+        return ray.get(cache.status.remote())["received"] - before
+
+    sent = []
+    for version in range(4):
+        if version != 2:
+            ray.get(learner.__ray_call__.remote(move_one))
+        sent.append(ray.get(store.publish.remote(version, version, [learner])))
+        assert received(version) == sent[-1].sent
+    whole = sent[0].nbytes
+    assert [p.sent for p in sent] == [whole, 5 * 8, 0, whole], "the third after a whole one is whole again"
+
+    again = remote_class(WeightStore).options(num_cpus=0).remote(3)
+    ray.get(learner.__ray_call__.remote(move_one))
+    with pytest.raises(ray.exceptions.RayTaskError, match="other weights"):
+        ray.get(again.publish.remote(3, 3, [learner], "all", sent[-1].checksums))
+    assert ray.get(again.newest.remote()) is None
+    for actor in (store, again, learner, cache):
+        ray.kill(actor)

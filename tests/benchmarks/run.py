@@ -1,7 +1,7 @@
 """`make bench`: every figure as a ratio within one run, as a table and as bench.json.
 
 Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
-    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async]
+    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async] [overhead] [sticky]
 """
 
 import json
@@ -154,6 +154,30 @@ def _share_dropped(steps: list[dict[str, Any]]) -> float:
     return dropped / (dropped + 16 * len(steps))
 
 
+def overhead_rows() -> list[Row]:
+    """Everything but model and tools: rollout, reward, buffer and batch."""
+    told = script("overhead.py")
+    names = list(told["late"])
+    growth = {n: (told["late"][n] - told["early"][n]) / 2**20 for n in names}
+    return [
+        ("overhead: three-turn episodes a second", told["episodes"] / told["seconds"], ">= 100"),
+        ("overhead: episodes", told["episodes"], ""),
+        *((f"overhead: MiB of the {n} after a quarter of them", told["early"][n] / 2**20, "") for n in names),
+        *((f"overhead: MiB that the {n} grew by from then on", growth[n], "<= 16") for n in names),
+    ]
+
+
+def sticky_rows() -> list[Row]:
+    """Sessions of many turns on two generators: each on its own, and each turn on any."""
+    told = script("sticky.py")
+    return [
+        ("sessions: prefix hit rate, sticky", told["sticky"]["hit_rate"], ""),
+        ("sessions: prefix hit rate, any generator each turn", told["any"]["hit_rate"], ""),
+        ("sessions: prompt tokens computed, any / sticky", told["any"]["computed"] / told["sticky"]["computed"], ""),
+        ("sessions: seconds, any / sticky", told["any"]["seconds"] / told["sticky"]["seconds"], ">= 1"),
+    ]
+
+
 def holds(figure: float, bound: str) -> bool | None:
     if not bound:
         return None
@@ -162,7 +186,7 @@ def holds(figure: float, bound: str) -> bool | None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner", "async"]
+    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner", "async", "overhead", "sticky"]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if "quickstart" in wanted:
@@ -177,6 +201,10 @@ def main() -> None:
             rows += learner_rows()
         if "async" in wanted:
             rows += asynchronous_rows(Path(folder) / "a")
+        if "overhead" in wanted:
+            rows += overhead_rows()
+        if "sticky" in wanted:
+            rows += sticky_rows()
     table = Table("figure", "measured", "bound", "")
     for what, figure, bound in rows:
         table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rl.model import DTYPES
-from rl.weights import ChecksumError, checksum, pack, plan_buckets, unpack
+from rl.weights import ChecksumError, applied, checksum, difference, pack, plan_buckets, unpack
 
 SHAPES = {"a": (3, 5), "scalar": (), "b": (7,), "big": (40, 10), "c": (2, 2, 2)}
 
@@ -105,3 +105,27 @@ def test_tied_parameters_travel_once_and_arrive_tied(tiny_lm):
                 tiny_lm.get_parameter(name).copy_(tensor)
         assert torch.equal(tiny_lm(torch.arange(9)[None]).logits, logits)
     assert np.any(logits.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_changed_makes_the_next_version_to_the_bit_and_is_no_more_than_that(dtype):
+    tensors = tensors_of({"a": (300,), "b": (5, 7)}, dtype)
+    ((_, old),) = publish(tensors, dtype, 10**6)
+    tensors["a"][17], tensors["b"][4, 6], tensors["a"][3] = (
+        float("nan"),
+        -0.0,
+        1e-30,
+    )  # compared as bits, not as numbers
+    ((_, new),) = publish(tensors, dtype, 10**6)
+    changes = difference(old, new, dtype)
+    assert len(changes) == 3 * (4 + DTYPES[dtype].itemsize)
+    assert np.array_equal(applied(old, changes, dtype), new)
+    changes.flags.writeable = False
+    assert np.array_equal(applied(old, changes, dtype), new)
+    assert len(difference(old, old, dtype)) == 0
+
+
+def test_a_bucket_that_changed_throughout_is_sent_whole():
+    ((_, old),) = publish(tensors_of({"a": (300,)}, "bfloat16"), "bfloat16", 10**6)
+    assert difference(old, ~old, "bfloat16") is None
+    assert difference(old, old[:-64], "bfloat16") is None
