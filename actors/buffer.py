@@ -7,6 +7,7 @@ them. It hands on references and summaries; nobody between worker and learner re
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from actors.faults import Stuck, backoff, is_death, is_infra, named, tried, within
 from actors.role import AsyncRole
@@ -39,6 +41,10 @@ class Group:
     scores: list[Score]
     episodes: Any
     trajectories: Any
+
+
+class Overdue(Stuck):
+    """A group that was not played by its deadline, at a worker that lives."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Buffer(AsyncRole):
 
     async def use_reward_model(self, path: str) -> None:
         """From now on a reward model, a folder, gives the reward. Raises what loading it does."""
-        await asyncio.gather(*(r.load.remote(path) for r in self._rewards))
+        await asyncio.gather(*(tried(lambda _, r=r: r.load.remote(path), self._faults) for r in self._rewards))
         self._reward_model = path
 
     async def play(self, requests: Sequence[GroupRequest], sampling: Sampling) -> Played:
@@ -111,7 +117,7 @@ class Buffer(AsyncRole):
             return Dropped(task, "it is quarantined", quarantined=True)
         attempts = self._faults.attempts
         failures = deaths = lost = 0
-        given_up = time.monotonic() + self._faults.patience_s
+        given_up = math.inf
         while True:
             # What dies with every worker that plays it must not take others' episodes with it.
             alone = 0 < deaths == attempts - 1
@@ -120,21 +126,24 @@ class Buffer(AsyncRole):
                     summaries, episodes, trajectories = worker.play.options(num_returns=3).remote(request, sampling)
                     try:
                         known = await within(self._faults.deadline_s, summaries)
-                    except Stuck:
-                        ray.cancel(summaries)
+                    except Stuck as error:
+                        if not isinstance(error, RayTaskError):  # the worker itself says that it waits for others
+                            ray.cancel(summaries)
+                            raise Overdue(str(error)) from None
                         raise
                 scores = await self._scores(episodes, tally)
             except Exception as error:
-                infra = is_infra(error)
+                infra, overdue = is_infra(error), isinstance(error, Overdue)
+                given_up = min(given_up, time.monotonic() + self._faults.patience_s)
                 tally.replayed += infra
                 deaths += is_death(error)
                 if is_death(error) and alone:
                     self._quarantined.add(task)
                     return Dropped(task, f"its environment ended the rollout worker {deaths} times", quarantined=True)
-                failures += not infra or isinstance(error, Stuck)  # stuck: most likely the task's own environment
+                failures += not infra or overdue  # most likely it is the task's own environment that waits
                 if failures == attempts:
                     return Dropped(task, named(error))
-                if infra and time.monotonic() > given_up:
+                if infra and not overdue and time.monotonic() > given_up:
                     raise
                 log.warning("the group of task %s failed, and is played again: %s", task, named(error))
                 await asyncio.sleep(backoff(lost))
@@ -222,9 +231,8 @@ class Buffer(AsyncRole):
             for g, columns in enumerate(scored):
                 for known, more in zip(columns, parts[g % len(parts)][g // len(parts)], strict=True):
                     known.update(more)
-        columns = assign_credit(
-            trajectories, facts, algo, max_length=max_length, kl_coefficient=kl_coefficient, scored=scored
-        )
+        more = {"max_length": max_length, "kl_coefficient": kl_coefficient, "scored": scored}
+        columns = await asyncio.to_thread(assign_credit, trajectories, facts, algo, **more)
         means = [
             [float(c["advantages"].sum() / max(1, t.loss_mask.sum())) for c, t in zip(group, known, strict=True)]
             for group, known in zip(columns, trajectories, strict=True)
@@ -238,9 +246,8 @@ class Buffer(AsyncRole):
         for group, values in zip(groups, advantages, strict=True):
             episodes: list[Episode] = await group.episodes
             trajectories: list[Trajectory] = await group.trajectories
-            for e, t, s, a in zip(episodes, trajectories, group.scores, values, strict=True):
-                rows.append(to_row(e, t, s, a))
-        await asyncio.to_thread(write_parquet, Path(path), rows)
+            rows += zip(episodes, trajectories, group.scores, values, strict=True)
+        await asyncio.to_thread(lambda: write_parquet(Path(path), [to_row(*row) for row in rows]))
 
     async def sample_rows(self, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
         """A few episodes in readable form, for the experiment tracker."""

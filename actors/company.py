@@ -3,16 +3,17 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.buffer import Buffer
-from actors.faults import backoff, cause_of, is_death, is_infra, named, tried, within
+from actors.faults import Stuck, backoff, cause_of, is_death, is_infra, named, tried, within
 from actors.generator import UNPUBLISHED, Generator, Loaded
 from actors.learner import LearnerRank, StepResult, What
 from actors.learner_group import LearnerGroup
@@ -22,8 +23,8 @@ from actors.replica_health import ReplicaHealth
 from actors.reward import Reward
 from actors.role import NotOpen, bound_threads, remote_class
 from actors.rollout import RolloutWorker
-from actors.supervisor import Supervisor
-from actors.weight_store import OtherWeights, Published, WeightStore
+from actors.supervisor import Supervisor, end
+from actors.weight_store import Published, WeightStore
 from rl.config import Config
 from rl.gradient import Sums, add_sums
 
@@ -32,7 +33,8 @@ _MANY_CALLS = 4096
 """Far above what is admitted: waiting requests must not shut a load out."""
 _PROBE_LENGTH = 128
 _FOR_EVER = -1
-_STATUS_S = 10.0
+_STATUS_S = 2.0
+_ATTEMPTS = 20
 
 
 @dataclass
@@ -45,9 +47,13 @@ class Company:
     namespace: str
     device: str
     supervisor: Supervisor
-    quarantined: Sequence[str] = ()
+    quarantined: Sequence[str]
+    note_version: Callable[[int, int, str], None]
+    """Told of a number, its step and what is published before the number is used."""
     version: int = -1
-    """The newest that was published: what a generator that comes late must have."""
+    """The newest that was published."""
+    wanted: int = -1
+    """The one that the generators sample from: what one that comes late must have."""
     store: Any = None
     buffer: Any = None
     generators: list[Any] = field(default_factory=list)
@@ -55,14 +61,15 @@ class Company:
     rewards: list[Any] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)
     learner: LearnerGroup = field(init=False)
-    health: ReplicaHealth = field(init=False)
+    health: ReplicaHealth | None = None
     _model: str = ""
+    _lives: dict[Any, str] = field(default_factory=dict)
+    """In which life an actor was first opened."""
     _published: tuple[int, What, tuple[str, ...]] | None = None
     """Step, what and checksums of the newest version."""
     _base: tuple[str, int] | None = None
     """The store's life, and the learner's, that know the base which adapters are published for."""
     _publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _scaling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def start(self, initial: Path, resume: Path | None) -> Path:
         """Start every role on the newest checkpoint or else the initial model; returns when all are open.
@@ -82,19 +89,19 @@ class Company:
         self.store = store.options(
             name=self.store_name, namespace=self.namespace, max_restarts=_FOR_EVER, **free
         ).remote(c.weights.full_every)
-        self.generators = [self._make("generator", i) for i in range(c.generator.count)]
-        self.workers = [self._make("rollout", i) for i in range(c.rollout.count)]
-        self.rewards = [self._make("reward", i) for i in range(c.reward_actor.count)]
+        self.generators = [self.make("generator", i) for i in range(c.generator.count)]
+        self.workers = [self.make("rollout", i) for i in range(c.rollout.count)]
+        self.rewards = [self.make("reward", i) for i in range(c.reward_actor.count)]
         if c.needs_reference:
-            self.references = [self._make("reference", i) for i in range(c.reference.count)]
+            self.references = [self.make("reference", i) for i in range(c.reference.count)]
         # Started again it would have lost every trajectory: when it dies, the run goes on from its newest checkpoint.
         self.buffer = remote_class(Buffer).options(**free).remote(c, self.workers, self.rewards, self.quarantined)
-        ranks = [self._make("learner", i) for i in range(c.learner.count)]
+        ranks = [self.make("learner", i) for i in range(c.learner.count)]
         self.learner = LearnerGroup(ranks, c.faults, self.supervisor)
         # A learner imports what making a model takes anyway.
         made = await ranks[0].prepare_model.remote(str(initial))
         model = str(resume or made)
-        await asyncio.gather(*(w.open.remote(model) for w in self.workers))
+        await asyncio.gather(*(self._opened(w, lambda w=w: w.open.remote(model)) for w in self.workers))
         probe = await self.workers[0].probe.remote(min(_PROBE_LENGTH, c.model.max_length - 1))
         log.info("the model and the rollout workers are ready")
 
@@ -104,7 +111,7 @@ class Company:
 
         await asyncio.gather(
             ready("learner", self.learner.open(model, probe)),
-            *(ready("generator", g.open.remote(model)) for g in self.generators),
+            *(ready("generator", self._opened(g, lambda g=g: g.open.remote(model))) for g in self.generators),
             *(ready("reference", r.load.remote(model)) for r in self.references),
             *(ready("reward", r.status.remote()) for r in self.rewards),
         )
@@ -114,7 +121,13 @@ class Company:
         self._supervise()
         return Path(made)
 
-    def _make(self, role: str, index: int) -> Any:
+    async def _opened(self, actor: Any, call: Callable[[], Awaitable[Any]]) -> None:
+        """Note in which life the actor was opened."""
+        life = await actor.ping.remote()
+        await call()
+        self._lives[actor] = life
+
+    def make(self, role: str, index: int) -> Any:
         """One actor of a role, in its place."""
         c = self.config
         cls, arguments, more = {
@@ -132,9 +145,9 @@ class Company:
 
     def _supervise(self) -> None:
         for generator in self.generators:
-            self._keep_generator(generator)
+            self.keep_generator(generator)
         for worker in self.workers:
-            self._keep_worker(worker)
+            self.keep_worker(worker)
         self.supervisor.keep("store", self.store, self._refill_store)
         self.supervisor.keep("buffer", self.buffer, None)
         loop = asyncio.get_running_loop()
@@ -142,120 +155,52 @@ class Company:
         def restarted(role: str, error: BaseException) -> None:
             loop.call_soon_threadsafe(self.supervisor.noticed, role, error)
 
-        self.health = ReplicaHealth(self.config.faults, restarted)
-        self.health.use("reward", self.rewards)
-        self.health.use("reference", self.references)
-        self.health.start()
+        self.health = health = ReplicaHealth(self.config.faults, restarted)
+        health.use("reward", self.rewards)
+        health.use("reference", self.references)
+        health.start()
 
-    def _keep_generator(self, generator: Any) -> None:
-        self.supervisor.keep("generator", generator, lambda: self._open_generator(generator))
+    def keep_generator(self, generator: Any) -> None:
+        life = self._lives.get(generator)
+        self.supervisor.keep("generator", generator, lambda: self.open_generator(generator), life)
 
-    def _keep_worker(self, worker: Any) -> None:
-        self.supervisor.keep("rollout", worker, lambda: self._open_worker(worker))
+    def keep_worker(self, worker: Any) -> None:
+        life = self._lives.get(worker)
+        self.supervisor.keep("rollout", worker, lambda: self.open_worker(worker), life)
 
-    async def _open_generator(self, generator: Any) -> None:
-        """It takes no turn before it has the newest version."""
+    async def open_generator(self, generator: Any) -> None:
+        """It takes no turn before it has the version that the others have."""
         await generator.open.remote(self._model, late=True)
         loaded = await generator.start.remote()
         # What was published since it asked did not reach it: it was not there to be told.
-        while loaded not in (self.version, UNPUBLISHED):
-            loaded = (await generator.load.remote(self.version)).version
+        while loaded not in (self.wanted, UNPUBLISHED):
+            loaded = (await generator.load.remote(self.wanted)).version
 
-    async def _open_worker(self, worker: Any) -> None:
+    async def open_worker(self, worker: Any) -> None:
         await worker.use.remote(self.generators)
         await worker.open.remote(self._model)
 
     async def _refill_store(self) -> None:
         """Have the newest version published again, if the learner still holds it; else the next one is on its way."""
         await self.store.ping.remote()
+        if self._publishing.locked():
+            return
         async with self._publishing:
             if self._published is None or not self.learner.holds_the_published:
                 return
             step, what, checksums = self._published
             if what == "adapter":
                 return  # its base is lost with it, and both are published by the stage's next publish
+            lives = self.learner.lives
             try:
                 await self.store.publish.remote(self.version, step, self.learner.ranks, what, checksums)
+                await self.load(self.version)  # one that came while the store was empty
             except Exception as error:
-                if not isinstance(cause_of(error), OtherWeights | ValueError):
+                if is_death(error):
                     raise
-                log.info("the store stays empty until the next publish: %s", cause_of(error))
-
-    # -- actors that join and leave ----------------------------------------------------------------------------
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """How many actors each elastic role has."""
-        return {role: len(actors) for role, actors in self._elastic.items()}
-
-    @property
-    def _elastic(self) -> dict[str, list[Any]]:
-        roles = {"generator": self.generators, "rollout": self.workers, "reward": self.rewards}
-        return {**roles, **({"reference": self.references} if self.references else {})}
-
-    async def scale(self, role: str, count: int) -> None:
-        """Have `count` actors of a role. A generator that joins has the newest version before it takes turns; who
-        leaves ends what it has first.
-
-        Raises ValueError for a role that cannot be scaled, ClusterTooSmall (with those that found room still there).
-        """
-        if role not in self._elastic or count < 1:
-            names = ", ".join(self._elastic)
-            raise ValueError(
-                f"{role}={count}: at least 1 of {names}. The learner's size is that of its optimizer's shards"
-            )
-        actors = self._elastic[role]
-        async with self._scaling:
-            while len(actors) < count:
-                await self._join(role, actors)
-            while len(actors) > count:
-                await self._leave(role, actors)
-
-    async def _join(self, role: str, actors: list[Any]) -> None:
-        index = len(actors)
-        await self.placement.add(role, index)
-        actor = self._make(role, index)
-        actors.append(actor)  # first: what is published from now on reaches it, what was before it asks for
-        try:
-            if role == "generator":
-                await within(self.config.faults.start_s, self._open_generator(actor))
-                self._keep_generator(actor)
-            elif role == "rollout":
-                await self._open_worker(actor)
-                self._keep_worker(actor)
-            else:
-                await actor.status.remote()
-        except BaseException:
-            actors.remove(actor)
-            ray.kill(actor)
-            self.placement.leave(role, index)
-            raise
-        await self._announce(role)
-
-    async def _leave(self, role: str, actors: list[Any]) -> None:
-        actor = actors.pop()
-        await self._announce(role)
-        if role in ("generator", "rollout"):
-            self.supervisor.let_go(actor)
-        if role == "generator":
-            await actor.drained.remote()
-        if role in ("reference", "reward"):
-            await actor.status.remote()  # answered after the call that runs
-        ray.kill(actor)
-        self.placement.leave(role, len(actors))
-
-    async def _announce(self, role: str) -> None:
-        """Returns when nothing new goes to who has left."""
-        if role == "generator":
-            await asyncio.gather(
-                *(tried(lambda _, w=w: w.use.remote(self.generators), self.config.faults) for w in self.workers)
-            )
-        elif role == "reference":
-            self.health.use(role, self.references)
-        else:
-            if role == "reward":
-                self.health.use(role, self.rewards)
-            await self.buffer.use.remote(self.workers, self.rewards)
+                log.info("the store stays empty until the next publish: %s", named(error))
+                if is_infra(error):
+                    await self.learner.mend_if_broken(lives, error)
 
     # -- each role as one ------------------------------------------------------------------------------------------
 
@@ -265,31 +210,37 @@ class Company:
         A number that a failure has spoilt is never used again.
         """
         async with self._publishing:
-            if what == "adapter" and self._base != await self._base_life():
-                published, _ = await self._publish(first, step, "base")
-                first = published.version + 1
             return await self._publish(first, step, what)
 
     async def _publish(self, first: int, step: int, what: What) -> tuple[Published, list[Loaded]]:
-        faults = self.config.faults
-        for version in itertools.count(first):
+        """Ended by the budget: whoever dies is counted where it is opened again."""
+        faults, version = self.config.faults, first
+        for attempt in itertools.count():
             lives = self.learner.lives
             try:
-                base_life = await self._base_life()
-                call = self.store.publish.remote(version, step, self.learner.ranks, what)
+                life = await self._base_life()
+                # An adapter is published for a base that this store has from these ranks.
+                now: What = "base" if what == "adapter" and self._base != life else what
+                self.note_version(version, step, now)
+                call = self.store.publish.remote(version, step, self.learner.ranks, now)
                 published: Published = await within(faults.deadline_s, call)
-                self.version, self._published = version, (step, what, published.checksums)
-                self.learner.published(published.checksums, what)
-                if what == "base":
-                    self._base = base_life
+                self.version, self._published = version, (step, now, published.checksums)
+                self.learner.published(published.checksums, now)
+                if now == "base":
+                    self._base = life
                 await self.time_share("generate")
-                return published, await self.load(version)
+                loaded = await self.load(version)
+                if now == what:
+                    return published, loaded
             except Exception as error:
                 if not is_infra(error):
                     raise
                 log.warning("version %d was not published: %s", version, named(error))
                 await self.learner.mend_if_broken(lives, error)
-                await asyncio.sleep(backoff(version - first))
+                await asyncio.sleep(backoff(attempt))
+                if attempt >= _ATTEMPTS:
+                    raise
+            version += 1
         raise AssertionError("the loop does not end")
 
     async def _base_life(self) -> tuple[str, int]:
@@ -301,13 +252,17 @@ class Company:
         One that has died catches up by itself when it is back. Raises whatever else kept one from it, such as the
         store's death: it would go on with the weights that it has.
         """
-        faults = self.config.faults
-        calls = [within(faults.deadline_s, g.load.remote(version)) for g in self.generators]
+        faults, self.wanted = self.config.faults, version
+        generators = list(self.generators)
+        calls = [within(faults.deadline_s, g.load.remote(version)) for g in generators]
         results = await asyncio.gather(*calls, return_exceptions=True)
         loaded = [r for r in results if isinstance(r, Loaded)]
-        for result in results:
+        for generator, result in zip(generators, results, strict=True):
             if isinstance(result, BaseException):
-                if not is_death(result) and not isinstance(cause_of(result), NotOpen):
+                hangs = isinstance(result, Stuck) and not isinstance(result, RayTaskError)
+                if hangs:
+                    end(generator)
+                elif not is_death(result) and not isinstance(cause_of(result), NotOpen):
                     raise result
                 log.warning("a generator did not load version %d: %s", version, named(result))
         return loaded
@@ -369,7 +324,7 @@ class Company:
 
     def close(self) -> None:
         self.supervisor.close()
-        if self.references or self.rewards:
+        if self.health is not None:
             self.health.close()
 
 

@@ -11,8 +11,8 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from actors.buffer import Dropped, Group, Played
 from actors.company import Company
 from actors.evaluation import evaluate
 from actors.example_stage import ExampleLoop
-from actors.faults import named
+from actors.faults import named, within
 from actors.idleness import Idleness
 from actors.learner import StepResult, What
 from actors.learner_group import Call
@@ -28,6 +28,7 @@ from actors.placement import Placement
 from actors.rl_stage import RlLoop
 from actors.role import AsyncRole
 from actors.run_folder import lock_for_writing, write_scaled
+from actors.scaling import Scaling
 from actors.status import Status
 from actors.supervisor import Supervisor
 from rl import checkpoint
@@ -35,14 +36,13 @@ from rl.algo.schedule import learning_rate
 from rl.checkpoint import State
 from rl.config import Config
 from rl.config_file import dump_config
-from rl.config_stage import EvalStage, ExampleStage, RewardModelStage, RlStage, TrainingStage
+from rl.config_stage import EvalStage, RewardModelStage, RlStage, TrainingStage
 from rl.env import World
 from rl.episode import GroupRequest
 from rl.metrics import Sinks, forget_after, read_lines
 from rl.policy import Sampling
 
 log = logging.getLogger("repertory")
-WARM_UP_SUCCESS = 0.1
 
 
 class Stopped(Exception):
@@ -95,9 +95,10 @@ class Controller(AsyncRole):
                 self.supervisor.failed.result()
             return await stages
         finally:
-            self.company.close()
             stages.cancel()
             await asyncio.gather(stages, return_exceptions=True)
+            if hasattr(self, "company"):  # or the run did not come so far
+                self.company.close()
 
     async def _play_stages(self) -> bool:
         await self._start()
@@ -116,7 +117,7 @@ class Controller(AsyncRole):
                     self.evaluated(await evaluate(self, index, stage, self._trained))
                     self._stage_step = 1
                     continue
-                self._stage_steps = stage.total_steps if isinstance(stage, ExampleStage) else stage.steps
+                self._stage_steps = stage.total_steps
                 if self.state.stage_step < self._stage_steps:
                     loop = RlLoop if isinstance(stage, RlStage) else ExampleLoop
                     await loop(self, index, stage).train()  # type: ignore[arg-type]
@@ -144,12 +145,12 @@ class Controller(AsyncRole):
             for role, count in wanted.items():
                 if self._phase == "starting":
                     raise ValueError("the run is starting: ask again when it trains")
-                self.say(f"scaling {role} from {self.company.sizes.get(role, 0)} to {count}")
-                await self.company.scale(role, count)
+                self.say(f"scaling {role} from {self._scaling.sizes.get(role, 0)} to {count}")
+                await self._scaling.scale(role, count)
         except Exception as failure:
             error = named(failure)
             self.say(f"scaling failed: {error}")
-        write_scaled(self.folder, self.company.sizes, error)
+        write_scaled(self.folder, self._scaling.sizes, error)
 
     def go_on(self) -> None:
         """Raises Stopped when the run is to end, at a place that a resumed run can go on from."""
@@ -167,12 +168,15 @@ class Controller(AsyncRole):
         log.info("the cluster has room for every role")
         store = f"weights-{config.run.name}"
         self.company = Company(
-            config, placement, store, self._namespace, self._device, self.supervisor, self.state.quarantined
-        )
+            config, placement, store, self._namespace, self._device, self.supervisor, self.state.quarantined,
+            self._note_version,
+        )  # fmt: skip
+        self._scaling = Scaling(self.company)
         with self.working("starting"):
-            self._initial = await self.company.start(self.folder / "initial", self._resume)
+            starting = self.company.start(self.folder / "initial", self._resume)
+            self._initial = await within(config.faults.start_s, starting)
         if self._goes_on:
-            forget_after(self.folder, self.state.step, self.state.stage)
+            forget_after(self.folder, self.state.step if self._resume else -1, self.state.stage)
         if self._resume:
             checkpoint.set_aside_after(self.folder, self.state.step)
             done = read_lines(self.folder / "metrics.jsonl")
@@ -188,7 +192,9 @@ class Controller(AsyncRole):
         """What scores from the start: a configured folder, or what a stage before a resumed one has trained."""
         model = self.config.reward.model
         if model == "trained":
-            done = any(isinstance(s, RewardModelStage) for s in self.config.stages[: self.state.stage])
+            stage = self.config.stages[self.state.stage]
+            whole = stage.kind != "eval" and self.state.stage_step >= stage.total_steps
+            done = any(isinstance(s, RewardModelStage) for s in self.config.stages[: self.state.stage + whole])
             return self.folder / "reward_model" if done else None
         return Path(model) if model else None
 
@@ -247,7 +253,6 @@ class Controller(AsyncRole):
             published, loaded = await self.company.publish(self.state.version + 1, self.state.step, what)
         version = published.version
         self.state = replace(self.state, version=version)
-        self._sinks.version({"version": version, "step": self.state.step, "what": what, **asdict(published)})
         self._probe = {
             "publish/transfer_s": published.prepare_s + published.transfer_s,
             "publish/load_s": max((x.load_s for x in loaded), default=0.0),
@@ -257,14 +262,19 @@ class Controller(AsyncRole):
         }
         log.info("published version %d: %s; loaded: %s", version, published, loaded)
 
+    def _note_version(self, version: int, step: int, what: str) -> None:
+        self._sinks.version({"version": version, "step": step, "what": what})
+
     async def checkpoint(self) -> None:
         """Everything a resumed run needs, complete or absent. Where this stage and later ones start is kept."""
         started = time.perf_counter()
-        writing = checkpoint.writing(self.folder, self.state.step)
-        with self.working("checkpoint"), self.calling("checkpoint"), writing as folder:
+        with self.working("checkpoint"), self.calling("checkpoint"), ExitStack() as stack:
+            folder = stack.enter_context(checkpoint.writing(self.folder, self.state.step))
             await self.company.learner.ask("save", str(folder))
             (folder / "repertory.yaml").write_text(dump_config(self.config))
             checkpoint.write_state(folder, self.state)
+            # Hashed and synced in a thread: the event loop answers for the controller's health.
+            await asyncio.to_thread(stack.pop_all().close)
         self._saved(time.perf_counter() - started)
         starts = {stage.start for stage in self.config.stages[self.state.stage + 1 :] if stage.kind != "eval"}
         needed = [self.state.stage_start, *(end for i, end in self.state.ends.items() if int(i) in starts)]
@@ -291,6 +301,7 @@ class Controller(AsyncRole):
     def advance(self, kind: str, metrics: dict[str, float]) -> None:
         """A step is done: count it and write its line."""
         self._stage_step += 1
+        self.supervisor.ledger.progress()
         s = self.state = replace(self.state, stage_step=self._stage_step, step=self.state.step + 1)
         budget = self.slowest.token_budget if self.slowest else self.config.learner.micro_batch_tokens
         if budget < self.config.learner.micro_batch_tokens:
@@ -322,25 +333,14 @@ class Controller(AsyncRole):
         """What the next line says of how idle the roles were since the last one."""
         self._idle = await self._idleness.since_last(self.company)
 
-    def consume(self, stage: RlStage, groups: list[dict[str, Any]]) -> None:
+    def consumed(self, line: dict[str, Any]) -> None:
         """Keep account of the groups that the step which is about to advance has taken."""
-        s = self.state
-        place = {"stage_index": s.stage, "step": s.step + 1, "stage_step": s.stage_step + 1}
-        size = {"tasks_per_step": stage.tasks_per_step, "group_size": stage.algo.group_size}
-        self._sinks.consumed({**place, **size, "groups": groups})
+        self._sinks.consumed(line)
 
     def lr(self, stage: TrainingStage, step: int) -> float:
         return learning_rate(
             step, base=stage.lr, total=stage.steps, warmup=stage.warmup_steps, schedule=stage.schedule
         )
-
-    def warn_of_short_warm_up(self, step: int) -> None:
-        success = self._latest["reward/success"]
-        if step == 0 and success < WARM_UP_SUCCESS:
-            self.say(
-                f"only {success:.0%} of the first RL step's episodes succeed: a policy that hardly ever succeeds tends "
-                "to collapse into guessing. Warm up longer (more sft steps), or start with easier tasks"
-            )
 
     async def show_episodes(self, groups: list[Group]) -> None:
         """Sample episodes to the experiment tracker."""

@@ -78,9 +78,11 @@ class Beside:
         sampling = Sampling(temperature=temperature, max_tokens=run.config.rollout.max_turn_tokens)
         played: Played = await run.company.buffer.play.remote(requests, sampling)
         found = _report(run, played)
-        run.evaluated({**where, **asdict(found), "beside": True})
+        for dropped in played.dropped:
+            run.drop(dropped)
         if checkpoint.mark_best(run.folder, where["step"], found.success):
             log.info("checkpoints/best is step=%d, held-out success %.3f", where["step"], found.success)
+        run.evaluated({**where, **asdict(found), "beside": True})
 
 
 def _tasks(run: "Controller", stage: EvalStage) -> list[Task]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PARAPHRASE = "An answer known to be right:\n{shown}\nSay it in your own words."
 """S3FT's second attempt, added to the prompt."""
 
+STAGE_START = "stage_start"
+"""Who keeps the version that a stage goes on sampling from."""
+
 
 class ExampleLoop:
     """One stage on examples under a controller."""
@@ -39,7 +42,8 @@ class ExampleLoop:
         await run.begin(self.index, stage)
         frozen = stage.sample is not None and stage.sample.policy == "stage_start" and stage.rounds > 1
         if frozen:
-            await run.company.store.pin.remote(self.started_with)
+            self.started_with = run.state.version
+            await run.company.store.pin.remote(self.started_with, STAGE_START)
         # Saved between rounds; inside one where it was stopped, or where a finished stage was given more steps.
         first, inside = divmod(run.state.stage_step, stage.steps)
         for number in range(first, stage.rounds):
@@ -54,7 +58,7 @@ class ExampleLoop:
                     await run.checkpoint()
                 run.go_on()
         if frozen:
-            await run.company.store.unpin.remote(self.started_with)
+            await run.company.store.unpin.remote(STAGE_START)
         if isinstance(stage, RewardModelStage):
             await self.install_reward_model()
         await run.publish()

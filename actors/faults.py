@@ -9,6 +9,7 @@ Neither becomes a reward.
 import asyncio
 import itertools
 import logging
+import math
 import random
 import time
 from collections import Counter, deque
@@ -61,6 +62,8 @@ def is_death(error: BaseException) -> bool:
 
 def named(error: BaseException) -> str:
     cause = cause_of(error)
+    if isinstance(cause, DEAD):  # Ray's text is a paragraph, and the same for all
+        return f"its process died ({type(cause).__name__})"
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}".rstrip(": ")
 
 
@@ -72,15 +75,16 @@ def backoff(attempt: int) -> float:
 async def tried(call: Callable[[int], Awaitable[T]], faults: FaultsConfig) -> T:
     """`call(attempt)` until it ends without a failure of ours, each with its deadline.
 
-    Raises what else it raises; the failure of ours itself after faults.patience_s.
+    Raises what else it raises; a failure of ours faults.patience_s after the first.
     """
-    given_up = time.monotonic() + faults.patience_s
+    given_up = math.inf
     for attempt in itertools.count():
         try:
             return await within(faults.deadline_s, call(attempt))
         except Exception as error:
             if not is_infra(error) or time.monotonic() > given_up:
                 raise
+            given_up = min(given_up, time.monotonic() + faults.patience_s)
             log.warning("a call failed, and is made again: %s", named(error))
             await asyncio.sleep(backoff(attempt))
     raise AssertionError("the loop does not end")
@@ -107,6 +111,11 @@ class Ledger:
         self._faults = faults
         self._when: dict[str, deque[float]] = {"infra": deque(), "data": deque()}
         self._counts: Counter[str] = Counter()
+        self._progress = 0.0
+
+    def progress(self) -> None:
+        """A training step was done."""
+        self._progress = time.monotonic()
 
     def infra(self, who: str, error: BaseException) -> None:
         """A process of ours had to be started again. Raises BudgetSpent."""
@@ -124,11 +133,12 @@ class Ledger:
     def _spend(self, kind: str, budget: int, what: str) -> None:
         when, now = self._when[kind], time.monotonic()
         when.append(now)
-        while when[0] < now - self._faults.window_s:
+        # Failures that let no step come between them do not age.
+        while when[0] < min(now - self._faults.window_s, self._progress):
             when.popleft()
         if len(when) > budget:
             raise BudgetSpent(
-                f"{len(when)} failures within {self._faults.window_s:g} s are more than faults.{kind}_budget = "
+                f"{len(when)} failures within {now - when[0]:.0f} s are more than faults.{kind}_budget = "
                 f"{budget}. The last one: {what}"
             )
 

@@ -17,6 +17,7 @@ import ray
 from actors.generator_pool import Answers, AskedTurn
 from actors.role import AsyncRole, NotOpen
 from rl.config import Config
+from rl.env import InfraError
 from rl.policy import Completion
 from rl.weights import Manifest, unpack
 
@@ -27,6 +28,7 @@ UNPUBLISHED = -1
 """The version of an engine that has loaded nothing from the store: its own file's weights are nobody's version."""
 
 _MEMORY = Path("/dev/shm")
+_LOOK_S = 5.0
 _LINGER_S = 0.01
 """A step of training starts with many prompts, one after the other."""
 
@@ -84,7 +86,8 @@ class Generator(AsyncRole):
         self._config, self._device, self._store, self._namespace = config, device, store, namespace
         self._outgoing: dict[str, _Outgoing] = {}
         self._engine: Engine | None = None
-        self._open, self._current = asyncio.Event(), asyncio.Event()
+        self._open, self._current, self._swapping = asyncio.Event(), asyncio.Event(), asyncio.Lock()
+        self._reader = ray.get_runtime_context().get_actor_id()  # the same after a restart
         self._holds: int | None = None
         """The version of the whole weights in the engine, without an adapter."""
         from actors import transfer  # imports vLLM, which takes seconds: here, and only in this process
@@ -93,6 +96,8 @@ class Generator(AsyncRole):
 
     async def open(self, model_path: str, late: bool = False) -> None:
         """Start the engine on a model folder. late: it takes no turn before it has loaded a version."""
+        if self._engine is not None:
+            raise NotOpen("this process has an engine already: it has to end before another is opened")
         from rl.engine import Engine
         from rl.engine_options import EngineOptions
 
@@ -130,9 +135,13 @@ class Generator(AsyncRole):
         return self._engine
 
     async def until_dead(self) -> None:
-        """Raises EngineError when the engine has died in a process that lives."""
+        """Raises EngineError when the engine has died, or hangs, in a process that lives."""
         await self._open.wait()
-        await asyncio.wrap_future(self._vllm.died)
+        died, patience_s = asyncio.wrap_future(self._vllm.died), self._config.faults.start_s
+        while not (await asyncio.wait({died}, timeout=_LOOK_S))[0]:
+            if self._vllm.stuck_s > patience_s:
+                raise InfraError(f"the engine has not made a step for {self._vllm.stuck_s:.0f} s")
+        died.result()
 
     async def start(self) -> int:
         """Catch up with the store; a generator that starts late or again serves the newest version. Returns it."""
@@ -178,15 +187,19 @@ class Generator(AsyncRole):
 
         Raises WeightSyncError when they differ by more than `weights.probe_bound`.
         """
-        with self.calling("load"):
-            return await self._swap(version, policy)
+        async with self._swapping:  # the probe of one is not to be scored by the next
+            with self.calling("load"):
+                return await self._swap(version, policy)
 
     async def _swap(self, version: int, policy: str | None) -> Loaded:
         engine = self._vllm
+        if engine.version == version:
+            self._current.set()
+            return Loaded(version, 0.0, 0.0, 0.0, 0.0)
         started = time.perf_counter()
         store = self._weights()
         chosen: Any = policy or self._config.generator.swap
-        manifest: Manifest = await store.pin.remote(version)
+        manifest: Manifest = await store.pin.remote(version, self._reader)
         try:
             if manifest.base is None:
                 await self._load_weights(manifest, chosen)
@@ -195,7 +208,7 @@ class Generator(AsyncRole):
                     await self._load_weights(await store.manifest.remote(manifest.base), chosen)
                 await self._load_adapter(manifest, chosen)
         finally:
-            await store.unpin.remote(version)
+            await store.unpin.remote(self._reader)
         loaded = time.perf_counter()
         scored = await asyncio.wrap_future(engine.score(manifest.probe))
         difference = np.abs(scored - manifest.probe_logprobs)

@@ -55,7 +55,9 @@ class GeneratorPool:
     def use(self, generators: Sequence[Any]) -> None:
         """From now on these. Turns under way at others end there."""
         known = {line.generator: line for line in self._lines}
-        self._lines = [known.get(g) or _Line(g, self._someone) for g in generators]
+        self._lines = [known.pop(g, None) or _Line(g, self._someone) for g in generators]
+        for gone in known.values():
+            gone.leave()
         self._someone.set()
 
     async def act(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
@@ -105,6 +107,10 @@ class _Line:
         if self.up:
             self.up = False
             self._returning = asyncio.get_running_loop().create_task(self._return())
+
+    def leave(self) -> None:
+        if self._returning is not None:
+            self._returning.cancel()
 
     async def _return(self) -> None:
         for attempt in itertools.count():

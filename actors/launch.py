@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.run_folder import owning, stop_is_wished, take_scale_wish, write_status
+from actors.run_folder import owning, stop_is_wished, take_scale_wish, write_scaled, write_status
 from rl import checkpoint
-from rl.config import Config
+from rl.config import Config, FaultsConfig
 from rl.config_file import ConfigError, dump_config, load_config
+from rl.metrics import read_lines
 
 NAMESPACE = "repertory"
 _POLL_S = 0.25
@@ -66,16 +67,20 @@ def _train(config: Config, folder: Path, device: str, resume: bool, console: Con
     from actors.display import Display
     from actors.faults import Ledger, is_infra, named
 
-    ledger, before = Ledger(config.faults), ""
+    ledger, before, done = Ledger(config.faults), "", 0
     with _StopWish(folder) as wish, Display(console) as display:
         while True:
             controller, finished = _start_controller(config, folder, device, resume, before)
             try:
-                return _watch(controller, finished, folder, display, wish, config.faults.heartbeat_s)
+                return _watch(controller, finished, folder, display, wish, config.faults)
             except Exception as error:
                 if not is_infra(error):
                     raise
+                if (steps := len(read_lines(folder / "metrics.jsonl"))) > done:
+                    ledger.progress()
+                done = steps
                 ledger.infra("controller", error)
+                write_scaled(folder, {}, "the controller was started again meanwhile")
                 before, resume = named(error), True
                 ray.kill(controller)  # and with it what it has started
 
@@ -103,15 +108,16 @@ class _StopWish:
         return self._asked or stop_is_wished(self._folder)
 
 
-def _watch(controller: Any, finished: Any, folder: Path, display: Any, wish: _StopWish, heartbeat_s: float) -> bool:
+def _watch(controller: Any, finished: Any, folder: Path, display: Any, wish: _StopWish, faults: FaultsConfig) -> bool:
     """Show the run until its controller ends, and pass on that it is to stop. Returns whether it came to its end."""
     import ray
 
-    told = False
+    told, patience_s = False, faults.start_s  # until its first answer
     while True:
         ready, _ = ray.wait([finished], timeout=_POLL_S)
         whole: Any = ray.get(finished) if ready else None  # or why not, before its progress is asked for
-        status: Any = ray.get(controller.progress.remote(), timeout=heartbeat_s)
+        status: Any = ray.get(controller.progress.remote(), timeout=patience_s)
+        patience_s = faults.heartbeat_s
         write_status(folder, status)
         display.update(status)
         if ready:
@@ -189,9 +195,7 @@ def evaluation_config(what: Path, overrides: list[str]) -> Config:
         number += 1
     changes: dict[str, Any] = {"run": base.run.model_copy(update={"name": f"{name}-{number}"}), "stages": [stage]}
     if model is not None:
-        changes["model"] = ModelConfig(
-            **{**base.model.model_dump(), "path": str(model), "scratch": None}
-        )
+        changes["model"] = ModelConfig(**{**base.model.model_dump(), "path": str(model), "scratch": None})
     return _with_overrides(base.model_copy(update=changes), overrides)
 
 

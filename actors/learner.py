@@ -344,7 +344,7 @@ class LearnerRank(WatchedRole):
         with self._base_alone() if what == "base" else nullcontext():
             probe = sequence_logprobs(self._policy.engine, self._probe, self._device).numpy()
         self._scorer.train()
-        if what == "base":
+        if what == "base" and version >= 0:  # below: only compared
             self._base_version = version
         base = self._base_version if what == "adapter" else None
         manifest = Manifest(version, step, dtype, tuple(buckets), tuple(self._probe), probe, base)

@@ -12,17 +12,24 @@ The journal holds references to batches, which the buffer and the controller own
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.faults import Stuck, backoff, is_infra, within
-from actors.supervisor import Supervisor, end
+from ray.exceptions import ObjectLostError
+
+from actors.faults import Stuck, backoff, cause_of, is_infra, within
+from actors.supervisor import Lost, Supervisor, end
 from rl.config import FaultsConfig
 
 log = logging.getLogger("repertory")
+_PING_EVERY_S = 5.0
 _GRACE_S = 5.0
 """How long the others' answers are waited for when one rank's was an error."""
+
+COMPARED = -1
+"""The number of weights that nobody gets."""
 
 Call = tuple[str, tuple[Any, ...]]
 
@@ -61,7 +68,7 @@ class LearnerGroup:
         """A life of the rank that has joined no group yet: one that has is ended."""
         for attempt in itertools.count():
             try:
-                life = await within(self._faults.heartbeat_s, rank.ping.remote())
+                life = await within(self._faults.start_s, rank.ping.remote())
                 if life not in self._used:
                     return life
                 end(rank)
@@ -116,11 +123,7 @@ class LearnerGroup:
 
         waiting = [asyncio.ensure_future(result(call)) for call in calls]
         try:
-            done, rest = await asyncio.wait(
-                waiting, timeout=self._faults.deadline_s, return_when=asyncio.FIRST_EXCEPTION
-            )
-            if not any(task.exception() for task in done) and rest:
-                raise Stuck(f"the learner did not return within faults.deadline_s = {self._faults.deadline_s:g} s")
+            done, rest = await self._first_error(waiting)
             if rest:
                 more, _ = await asyncio.wait(rest, timeout=_GRACE_S)
                 done |= more
@@ -132,6 +135,17 @@ class LearnerGroup:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _first_error(self, waiting: Sequence[Any]) -> tuple[set[Any], set[Any]]:
+        """Those that have ended when one had an error, or all. Raises Stuck."""
+        deadline = time.monotonic() + self._faults.deadline_s
+        while True:
+            done, rest = await asyncio.wait(waiting, timeout=_PING_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
+            if not rest or any(task.exception() for task in done):
+                return done, rest
+            if time.monotonic() > deadline:
+                raise Stuck(f"the learner did not return within faults.deadline_s = {self._faults.deadline_s:g} s")
+            await within(self._faults.heartbeat_s, asyncio.gather(*(rank.ping.remote() for rank in self.ranks)))
 
     # -- a group that is made again ------------------------------------------------------------------------------
 
@@ -149,6 +163,8 @@ class LearnerGroup:
                     await self._make()
                     break
                 except Exception as again:
+                    if isinstance(cause_of(again), ObjectLostError):
+                        raise Lost("batches since the newest checkpoint were lost with a node") from again
                     if not is_infra(again) and await self._whole():
                         raise
                     error = again
@@ -182,12 +198,12 @@ class LearnerGroup:
 
     async def _compare(self, expected: tuple[str, ...], what: Any) -> None:
         """Log whether the weights are bit by bit those that were published: the next ones have a new number anyway."""
-        manifests = await asyncio.gather(*(rank.prepare.remote(0, 0, what) for rank in self.ranks))
+        manifests = await self._all([rank.prepare.remote(COMPARED, 0, what) for rank in self.ranks])
         count = len(manifests[0][0].buckets)
         calls = [
-            self.ranks[i % len(self.ranks)].bucket.options(num_returns=4).remote(0, i)[1] for i in range(count)
+            self.ranks[i % len(self.ranks)].bucket.options(num_returns=4).remote(COMPARED, i)[1] for i in range(count)
         ]
-        reached = tuple(await asyncio.gather(*calls)) == expected
+        reached = tuple(await self._all(calls)) == expected
         log.info("the learner made again %s the published checksum", "reached" if reached else "did not reach")
 
     # -- what the journal starts from ----------------------------------------------------------------------------

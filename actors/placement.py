@@ -96,7 +96,7 @@ class Placement:
                 bundles.append(_bundle(demand))
         strategy = "PACK" if config.placement.strategy == "packed" else "SPREAD"
         group = placement_group(bundles, strategy=strategy, name=owner)
-        ready, _ = ray.wait([group.ready()], timeout=_ROOM_S)
+        ready, _ = await asyncio.to_thread(ray.wait, [group.ready()], timeout=_ROOM_S)
         if not ready:
             remove_placement_group(group)
             each = "\n".join(f"  {d}" for d in wanted)

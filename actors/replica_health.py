@@ -14,7 +14,7 @@ from typing import Any
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from actors.faults import Stuck
-from actors.supervisor import end
+from actors.supervisor import Reborn, end
 from rl.config import FaultsConfig
 
 _EVERY_S = 1.0
@@ -70,14 +70,10 @@ class ReplicaHealth(threading.Thread):
             before, _ = self._seen.get(replica, (life, now))
             self._seen[replica] = life, now
             if life != before:
-                self._on_restart(role, ReplicaRestarted("a replica died"))
+                self._on_restart(role, Reborn("a replica's process died"))
         for i in manager.healthy_actor_ids():
             life, last = self._seen.setdefault((role, i), ("", now))
             if now - last > self._faults.deadline_s:  # an answer comes after the call that runs
                 self._seen[role, i] = life, now
                 self._on_restart(role, Stuck(f"no answer within faults.deadline_s = {self._faults.deadline_s:g} s"))
                 end(manager._actors[i])
-
-
-class ReplicaRestarted(Exception):
-    """What is counted when a replica has been started again."""

@@ -5,6 +5,7 @@ A call says which reward model it wants: a replica that was started again needs 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from actors.role import Role
@@ -32,10 +33,11 @@ class Reward(Role):
         """Have the reward model in a folder at hand."""
         from rl.model import ValueScorer
 
-        if self._model is None or self._model[0] != path:
+        stamp = f"{path} {Path(path, 'config.json').stat().st_mtime_ns}"  # a later stage writes to the same folder
+        if self._model is None or self._model[0] != stamp:
             with self.calling("load"):
                 model = ValueScorer.load(path, self._config.learner_dtype).eval().requires_grad_(False)
-                self._model = path, model
+                self._model = stamp, model
 
     def score(self, episodes: Sequence[Episode], model: str | None = None) -> list[Score]:
         """One score an episode, in order. model: a reward model, a folder, whose value is the reward; success stays the

@@ -9,28 +9,28 @@ max_staleness 0: a step waits for all of its groups. k: the producer has the nex
 """
 
 import asyncio
-import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from actors.buffer import Dropped, Group, Played
+from actors.curriculum import Pool, make_pool
 from actors.evaluation import Beside
 from actors.learner_batch import RlBatch
 from actors.producer import Place, Producer
 from rl.algo.filter import Verdict, judge
-from rl.algo.schedule import coefficient, curriculum_order, draw, horizon, open_tasks
+from rl.algo.schedule import coefficient, horizon
 from rl.batch import mini_batches
-from rl.config_stage import CurriculumConfig, RlStage
+from rl.config_stage import RlStage
 from rl.credit import GroupFacts
 from rl.env import InfraError
 from rl.episode import GroupRequest
 from rl.metrics import rollout_metrics
 from rl.objective import Sums, add_sums, to_metrics
-from rl.task import Task, TaskStream, derive_seed
+from rl.task import Task, TaskStream
 
+_WARM_UP_SUCCESS = 0.1
 _STALE_LIMIT = 20
 """A generator that lags behind for ever is a failure of ours, and not to be waited for."""
 
@@ -329,43 +329,18 @@ class RlLoop:
         if self.pool:
             metrics["curriculum/open_tasks"] = float(self.pool.open(step, stage.steps))
         ends = [{**asdict(place), "task": task, "end": end} for place, task, end in sorted(found.ends)]
-        run.consume(stage, ends)
+        at = {"stage_index": self.index, "step": run.state.step + 1, "stage_step": step + 1}
+        size = {"tasks_per_step": stage.tasks_per_step, "group_size": self.algo.group_size}
+        run.consumed({**at, **size, "groups": ends})
         run.advance(stage.kind, metrics)
-        run.warn_of_short_warm_up(step)
+        if step == 0 and metrics["reward/success"] < _WARM_UP_SUCCESS:
+            share = f"{metrics['reward/success']:.0%}"
+            run.say(
+                f"only {share} of the first RL step's episodes succeed: a policy that hardly ever succeeds tends to "
+                "collapse into guessing. Warm up longer (more sft steps), or start with easier tasks"
+            )
 
 
 def staleness(group: Group, version: int) -> list[int]:
     """How far each episode's oldest token is behind a version; none for an episode that sampled nothing."""
     return [version - s.oldest_version for s in group.summaries if s.oldest_version >= 0]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A curriculum's tasks, those to be opened first at the front."""
-
-    tasks: Sequence[Task]
-    parts: int
-    seed: int
-
-    def open(self, step: int, steps: int) -> int:
-        return open_tasks(step, total=steps, parts=self.parts, count=len(self.tasks))
-
-    def next(self, step: int, steps: int, count: int, before: int) -> list[int]:
-        """Indices of `count` tasks of this step after `before` others: a pure function of the step."""
-        return list(draw(step, tasks=before + count, open_count=self.open(step, steps), seed=self.seed))[before:]
-
-
-async def make_pool(run: "Controller", index: int, config: CurriculumConfig) -> Pool:
-    """Play the pool's tasks with the stage's starting weights and order them; a resumed run reads what was found."""
-    path = run.folder / f"curriculum-{index:02d}.json"
-    size = run.world.source.size("train")
-    tasks = TaskStream(run.world.source, "train").next(config.pool if size is None else min(config.pool, size))
-    if not path.is_file():
-        requests = [GroupRequest(index, -1, task, config.samples) for task in tasks]
-        played = await run.play(requests, run.config.rollout.temperature)
-        found = {g.request.task.id: sum(s.success for s in g.scores) / len(g.scores) for g in played.groups}
-        path.write_text(json.dumps(found, indent=1))
-    successes = json.loads(path.read_text())
-    tasks = [t for t in tasks if t.id in successes]
-    order = curriculum_order([successes[t.id] for t in tasks], order=config.order)
-    return Pool([tasks[i] for i in order], config.parts, derive_seed("curriculum", run.config.run.seed, index))

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import resource
-import threading
 import time
 import uuid
 from collections import Counter
@@ -115,11 +114,6 @@ class WatchedRole(Role):
     def ping(self) -> str:
         return self._life
 
-    @_health
-    def until_dead(self) -> None:
-        """Never returns: Ray raises for its caller when the process has died."""
-        threading.Event().wait()
-
 
 class AsyncRole(Role):
     """Base of the roles that run many calls on one event loop, which also answers for their health."""
@@ -128,7 +122,7 @@ class AsyncRole(Role):
         return self._life
 
     async def until_dead(self) -> None:
-        """As a WatchedRole's."""
+        """Never returns: Ray raises for its caller when the process has died."""
         await asyncio.Event().wait()
 
 

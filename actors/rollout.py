@@ -42,6 +42,10 @@ class RolloutWorker(AsyncRole):
         self._codec = ChatCodec(tokenizer, keep_sampled_turns=self._config.model.keep_sampled_turns)
         self._open.set()
 
+    async def ready(self) -> None:
+        """Returns when it can play."""
+        await self._open.wait()
+
     async def use(self, generators: Sequence[Any]) -> None:
         """From now on play against these."""
         self._policy.use(generators)
@@ -102,10 +106,12 @@ class RolloutWorker(AsyncRole):
         """A file of one's own: demonstrations, or pairs for a stage on pairs. And how many. Two return values."""
         length = self._config.model.max_length
         async with self._work("encode_rows"):
+            # In a thread: the event loop answers for the worker's health.
             if isinstance(stage, PairStage):
-                examples = completed(encode_pairs(path, self._codec, length), stage, length)
+                pairs = await asyncio.to_thread(encode_pairs, path, self._codec, length)
+                examples = completed(pairs, stage, length)
             else:
-                examples = encode_rows(path, self._codec, length)
+                examples = await asyncio.to_thread(encode_rows, path, self._codec, length)
         return examples, len(examples)
 
     async def build(
@@ -136,9 +142,8 @@ class RolloutWorker(AsyncRole):
                         repeated_scores,
                     )
                 )
-            examples = build(
-                stage, materials, self._codec, self._config.run.seed, round_number, self._config.model.max_length
-            )
+            seed, length = self._config.run.seed, self._config.model.max_length
+            examples = await asyncio.to_thread(build, stage, materials, self._codec, seed, round_number, length)
         return examples, dict(Counter(e.source for e in examples))
 
     async def shown(self, tasks: Sequence[Task]) -> list[str]:

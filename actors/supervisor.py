@@ -31,6 +31,10 @@ class Lost(InfraError):
     """A process died that nothing but the newest checkpoint can replace."""
 
 
+class Reborn(InfraError):
+    """An actor is in another life than the one that it was opened in."""
+
+
 class Supervisor:
     """For one event loop. `failed` ends with the error that nobody could make good."""
 
@@ -39,9 +43,12 @@ class Supervisor:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loops: dict[Any, asyncio.Task[None]] = {}
 
-    def keep(self, role: str, actor: Any, reopen: Callable[[], Awaitable[Any]] | None) -> None:
-        """From now on `reopen` is called whenever the actor has been started again. None: nothing could replace it."""
-        self._loops[actor] = asyncio.get_running_loop().create_task(self._keep(role, actor, reopen))
+    def keep(self, role: str, actor: Any, reopen: Callable[[], Awaitable[Any]] | None, life: str | None = None) -> None:
+        """From now on `reopen` is called whenever the actor has been started again. None: nothing could replace it.
+
+        life: the one in which it was opened, where that is not certainly the one that it is in now.
+        """
+        self._loops[actor] = asyncio.get_running_loop().create_task(self._keep(role, actor, reopen, life))
 
     def let_go(self, actor: Any) -> None:
         """The actor is to end."""
@@ -70,32 +77,33 @@ class Supervisor:
             self.fail(spent)
             raise
 
-    async def _keep(self, role: str, actor: Any, reopen: Callable[[], Awaitable[Any]] | None) -> None:
+    async def _keep(self, role: str, actor: Any, reopen: Callable[[], Awaitable[Any]] | None, life: str | None) -> None:
         try:
             while True:
-                error = await death(actor, self._faults)
+                error = await death(actor, self._faults, life)
                 if reopen is None:
                     raise Lost(f"the {role} died, and with it what no other process has") from error
-                await self._restart(role, actor, reopen, error)
+                life = await self._restart(role, actor, reopen, error)
                 log.info("%s is back", role)
         except Exception as error:
             self.fail(error)
 
-    async def _restart(
-        self, role: str, actor: Any, reopen: Callable[[], Awaitable[Any]], error: BaseException
-    ) -> None:
+    async def _restart(self, role: str, actor: Any, reopen: Callable[[], Awaitable[Any]], error: BaseException) -> str:
+        """Returns the life in which it was opened."""
         for attempt in itertools.count():
             self.count(role, error)
-            if not is_death(error):
+            if not is_death(error) and not isinstance(error, Reborn):
                 end(actor)
             await asyncio.sleep(backoff(attempt))
             try:
-                await within(self._faults.start_s, tried(lambda _: actor.ping.remote(), self._faults))
-                return await within(self._faults.start_s, reopen())
+                life = await within(self._faults.start_s, tried(lambda _: actor.ping.remote(), self._faults))
+                await within(self._faults.start_s, reopen())
+                return life
             except Exception as again:
                 if not is_infra(again):
                     raise
                 error = again
+        raise AssertionError("the loop does not end")
 
 
 def end(actor: Any) -> None:
@@ -104,8 +112,11 @@ def end(actor: Any) -> None:
         ray.kill(actor, no_restart=False)
 
 
-async def death(actor: Any, faults: FaultsConfig) -> BaseException:
-    """What ended the actor: its death, an error that it says it cannot live with, or no answer for heartbeat_s."""
+async def death(actor: Any, faults: FaultsConfig, life: str | None) -> BaseException:
+    """What ended the actor: its death, an error that it says it cannot live with, or no answer for heartbeat_s.
+
+    life: the one that it was opened in; another one was not.
+    """
 
     async def dead() -> None:
         await actor.until_dead.remote()
@@ -113,15 +124,17 @@ async def death(actor: Any, faults: FaultsConfig) -> BaseException:
     watching = asyncio.ensure_future(dead())
     try:
         while True:
-            done, _ = await asyncio.wait({watching}, timeout=_PING_EVERY_S)
-            if done:
-                return watching.exception() or AssertionError("until_dead returned")
             try:
-                await within(faults.heartbeat_s, actor.ping.remote())
+                now = await within(faults.heartbeat_s, actor.ping.remote())
             except Stuck:
                 return Stuck(f"it did not answer within faults.heartbeat_s = {faults.heartbeat_s:g} s")
             except Exception as error:
                 return error
+            if life is not None and now != life:
+                return Reborn("its process died, and another is there")
+            done, _ = await asyncio.wait({watching}, timeout=_PING_EVERY_S)
+            if done:
+                return watching.exception() or AssertionError("until_dead returned")
     finally:
         watching.cancel()
         with suppress(BaseException):

@@ -65,7 +65,7 @@ class WeightStore(AsyncRole):
         """The newest version, which one its changes are to, and each bucket's, or None where it came whole."""
         self._manifests: dict[int, Manifest] = {}
         self._buckets: dict[int, list[Any]] = {}
-        self._pinned: dict[int, int] = {}
+        self._pinned: dict[str, int] = {}
         self._newest: int | None = None
         self._node = ray.get_runtime_context().get_node_id()
 
@@ -156,26 +156,24 @@ class WeightStore(AsyncRole):
             return None
         return against, changes[index]
 
-    async def pin(self, version: int) -> Manifest:
-        """Keep a version until `unpin`: its readers may be slow."""
+    async def pin(self, version: int, reader: str) -> Manifest:
+        """Keep a version until the reader's `unpin`, or its next `pin`: readers may be slow, and die."""
         manifest = await self.manifest(version)
-        self._pinned[version] = self._pinned.get(version, 0) + 1
+        self._pinned[reader] = version
         self._note("read", "begin")
+        self._forget()
         return manifest
 
-    async def unpin(self, version: int) -> None:
-        if version in self._pinned:  # or it was pinned before the store was started again
-            self._note("read", "end")
-            self._pinned[version] -= 1
-            if not self._pinned[version]:
-                del self._pinned[version]
-            self._forget()
+    async def unpin(self, reader: str) -> None:
+        self._note("read", "end")
+        self._pinned.pop(reader, None)  # or it was pinned before the store was started again
+        self._forget()
 
     def status(self) -> dict[str, Any]:
         return {**super().status(), "newest": self._newest, "kept": sorted(self._manifests)}
 
     def _forget(self) -> None:
-        kept = {self._newest, *self._pinned}
+        kept = {self._newest, *self._pinned.values()}
         kept |= {self._manifests[v].base for v in kept if v in self._manifests}
         for version in list(self._manifests):
             if version not in kept:

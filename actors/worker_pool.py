@@ -1,19 +1,23 @@
 """Which rollout worker plays the next group: the one with the least to do; a suspected group gets one for itself."""
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from actors.faults import backoff, is_death
+
 
 class WorkerPool:
-    """For one event loop. Workers may die and come back: their handles stay valid."""
+    """For one event loop. A worker that died gets nothing until it says that it is ready again."""
 
     def __init__(self, workers: Sequence[Any]):
         self.workers = list(workers)
         self._playing: Counter[Any] = Counter()
         self._reserved: set[Any] = set()
+        self._down: dict[Any, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
         self._alone = asyncio.Lock()
 
@@ -32,6 +36,10 @@ class WorkerPool:
             worker = await (self._take_alone() if alone else self._take())
             try:
                 yield worker
+            except Exception as error:
+                if is_death(error) and worker not in self._down:
+                    self._down[worker] = asyncio.ensure_future(self._return(worker))
+                raise
             finally:
                 async with self._changed:
                     self._playing[worker] -= 1
@@ -40,18 +48,39 @@ class WorkerPool:
 
     async def _take(self) -> Any:
         async with self._changed:
-            await self._changed.wait_for(lambda: set(self.workers) - self._reserved)
-            worker = min((w for w in self.workers if w not in self._reserved), key=self._playing.__getitem__)
+            await self._changed.wait_for(lambda: self._free)
+            worker = min(self._free, key=self._playing.__getitem__)
             self._playing[worker] += 1
             return worker
 
+    @property
+    def _free(self) -> list[Any]:
+        return [w for w in self.workers if w not in self._reserved and w not in self._down]
+
     async def _take_alone(self) -> Any:
         async with self._changed:
-            worker = min(self.workers, key=self._playing.__getitem__)
-            self._reserved.add(worker)  # nobody else gets it while it is played empty
-            await self._changed.wait_for(lambda: not self._playing[worker])
-            self._playing[worker] += 1
-            return worker
+            while True:
+                await self._changed.wait_for(lambda: self._free)
+                worker = min(self._free, key=self._playing.__getitem__)
+                self._reserved.add(worker)  # nobody else gets it while it is played empty
+                await self._changed.wait_for(lambda w=worker: not self._playing[w])
+                if worker in self.workers and worker not in self._down:
+                    self._playing[worker] += 1
+                    return worker
+                self._reserved.discard(worker)
+
+    async def _return(self, worker: Any) -> None:
+        for attempt in itertools.count():
+            await asyncio.sleep(backoff(attempt))
+            try:
+                await worker.ready.remote()
+                break
+            except Exception:
+                if worker not in self.workers:
+                    break
+        async with self._changed:
+            del self._down[worker]
+            self._changed.notify_all()
 
 
 @asynccontextmanager

@@ -209,7 +209,7 @@ class FaultsConfig(Strict):
     """What a run survives. When a budget is spent, it ends with the cause."""
 
     infra_budget: int = Field(default=16, ge=0)
-    """Deaths of our processes, and calls of theirs that got stuck, within `window_s`."""
+    """Deaths of our processes, and calls of theirs that got stuck, within `window_s` or without a step between them."""
     data_budget: int = Field(default=100, ge=0)
     """Tasks dropped within `window_s`, because they fail wherever they are played."""
     window_s: PositiveFloat = 3600.0
@@ -218,11 +218,12 @@ class FaultsConfig(Strict):
     deadline_s: PositiveFloat = 1800.0
     """Of one call: a group's episodes, a learner's step, a load."""
     heartbeat_s: PositiveFloat = 60.0
-    """A process that does not answer for so long is killed and started again."""
-    start_s: PositiveFloat = 600.0
-    """How long a process may take to start."""
+    """A process that does not answer for so long is killed and started again. A grader's or a reference's answer comes
+    after the call that it has: deadline_s."""
+    start_s: PositiveFloat = 1800.0
+    """How long the actors may take to start, and an engine to make a step."""
     patience_s: PositiveFloat = 900.0
-    """How long a call that meets dead processes is made again."""
+    """How long a call that meets dead processes is made again, from the first of them on."""
 
 
 class WandbConfig(Strict):

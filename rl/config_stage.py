@@ -68,6 +68,11 @@ class TrainingStage(Strict):
         """The name of the loss where a kind of stage has several."""
         return ""
 
+    @property
+    def total_steps(self) -> int:
+        """Those of all rounds."""
+        return self.steps
+
 
 class SampleConfig(Strict):
     """Episodes that a stage samples for itself before each of its rounds, through the run's generators.

@@ -150,6 +150,7 @@ class Engine:
         """Prompt tokens found in the prefix cache, and in all."""
         self.busy_s = 0.0
         """Seconds with a request to step or a swap to make."""
+        self._began: float | None = None
         self._options = options
         self._lora = ADAPTER if options.lora_rank else None
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -220,6 +221,12 @@ class Engine:
         return future
 
     @property
+    def stuck_s(self) -> float:
+        """Seconds since the step, or the swap, that is being made began."""
+        began = self._began
+        return 0.0 if began is None else time.perf_counter() - began
+
+    @property
     def load_in_flight(self) -> int:
         return len(self._running) + len(self._held)
 
@@ -247,12 +254,13 @@ class Engine:
         started.set_result(None)
         try:
             while self._take_commands():
-                began = time.perf_counter()
+                self._began = began = time.perf_counter()
                 while self._swaps and (self._swaps[0].policy == "continue" or not self._running):
                     self._apply_swap(self._swaps[0])
                 if self._llm.has_unfinished_requests():
                     for output in self._llm.step():
                         self._finish(output)
+                self._began = None
                 self.busy_s += time.perf_counter() - began
         except BaseException as error:  # the thread's end must reach everyone who waits on it
             self._fail(error)

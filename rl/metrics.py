@@ -107,9 +107,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(run: Path, step: int, stage: int) -> None:
-    """Drop the lines of steps and evaluations that a run resumed in `stage` after `step` will do again."""
-    for name in ("metrics.jsonl", "eval.jsonl", "consumed.jsonl"):
+    """Drop the lines of steps and evaluations that a run resumed in `stage` after `step` will do again, and parts of
+    lines. step -1: a run that begins again."""
+    for name in ("metrics.jsonl", "eval.jsonl", "consumed.jsonl", "versions.jsonl"):
         if not (run / name).is_file():
             continue
-        kept = [line for line in read_lines(run / name) if line["step"] <= step and line["stage_index"] <= stage]
-        (run / name).write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = read_lines(run / name)
+        if name != "versions.jsonl":  # their numbers are not used again
+            lines = [line for line in lines if line["step"] <= step and line["stage_index"] <= stage]
+        partial = run / f".{name}"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        partial.rename(run / name)

@@ -83,12 +83,13 @@ def test_each_budget_is_spent_by_its_own_kind_within_its_window(monkeypatch):
     for second in (0, 6, 12):  # never more than two within ten seconds
         now[0] = second
         ledger.infra("generator", ActorDiedError())
+        ledger.progress()
     ledger.data("t1", "a bad row")
     with pytest.raises(BudgetSpent, match=r"task t2 was dropped: another bad row"):
         ledger.data("t2", "another bad row")
     now[0] = 13
     with pytest.raises(
-        BudgetSpent, match=r"3 failures within 10 s .*infra_budget = 2.*the store failed: ActorDiedError"
+        BudgetSpent, match=r"3 failures within 7 s .*infra_budget = 2.*the store failed: its process died"
     ):
         ledger.infra("store", ActorDiedError())
     assert ledger.told() == {
@@ -97,6 +98,19 @@ def test_each_budget_is_spent_by_its_own_kind_within_its_window(monkeypatch):
         "faults/restarts_store": 1.0,
     }
     assert ledger.told() == {"faults/restarts": 0.0}
+
+
+def test_failures_without_a_step_between_them_do_not_age(monkeypatch):
+    """A call that takes its whole deadline each time would never spend a budget by the hour."""
+    now = [0.0]
+    monkeypatch.setattr("actors.faults.time.monotonic", lambda: now[0])
+    ledger = Ledger(FaultsConfig(infra_budget=2, window_s=10))
+    for second in (100, 200):
+        now[0] = second
+        ledger.infra("learner", Stuck("x"))
+    now[0] = 300
+    with pytest.raises(BudgetSpent, match="3 failures within 200 s"):
+        ledger.infra("learner", Stuck("x"))
 
 
 def test_a_call_is_made_again_only_for_a_failure_of_ours():
@@ -168,7 +182,7 @@ def test_the_run_ends_with_the_cause_when_the_budget_is_spent_or_nothing_can_rep
         return supervisor.failed.exception()
 
     spent, lost = asyncio.run(run(1, True)), asyncio.run(run(9, False))
-    assert isinstance(spent, BudgetSpent) and "the generator failed: Actor" in str(spent)
+    assert isinstance(spent, BudgetSpent) and "the generator failed: its process died" in str(spent)
     assert isinstance(lost, InfraError) and not isinstance(lost, BudgetSpent)
 
 
@@ -203,6 +217,39 @@ def test_rllibs_manager_notices_every_restart_of_a_replica(ray_cluster):
     health.use("reward", replicas[1:])
     assert health.healthy("reward") == 1
     health.close()
+
+
+class Absent:
+    """Stands for a worker that is being started again: it says when it is ready."""
+
+    def __init__(self):
+        self.back = asyncio.Event()
+        self.ready = self
+
+    async def remote(self) -> None:
+        await self.back.wait()
+
+
+def test_a_worker_that_died_gets_nothing_until_it_is_ready_again():
+    """Its calls would fail at once, one after the other, and innocent tasks be blamed for it."""
+
+    async def run() -> tuple[list[bool], bool]:
+        dead, alive = Absent(), Absent()
+        pool = WorkerPool([dead, alive])
+        with pytest.raises(ActorDiedError):
+            async with pool.one(False) as worker:
+                assert worker is dead
+                raise ActorDiedError()
+        given = []
+        for _ in range(3):
+            async with pool.one(False) as worker:
+                given.append(worker is alive)
+        dead.back.set()
+        await asyncio.sleep(0.5)
+        async with pool.one(False) as worker:
+            return given, worker is dead
+
+    assert asyncio.run(run()) == ([True] * 3, True)
 
 
 def test_a_suspected_group_is_alone_with_its_worker():
