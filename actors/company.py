@@ -172,8 +172,9 @@ class Company:
         """It takes no turn before it has the version that the others have."""
         await generator.open.remote(self._model, late=True)
         loaded = await generator.start.remote()
-        # What was published since it asked did not reach it: it was not there to be told.
-        while loaded not in (self.wanted, UNPUBLISHED):
+        # What was published since it asked did not reach it: it was not there to be told. It may also be ahead of what
+        # the others have been told yet, unless they are to sample from an older version.
+        while loaded != UNPUBLISHED and (loaded < self.wanted or loaded > self.wanted != self.version):
             loaded = (await generator.load.remote(self.wanted)).version
 
     async def open_worker(self, worker: Any) -> None:
