@@ -69,6 +69,17 @@ def test_no_token_is_staler_than_the_bound_and_the_generators_do_not_wait(asynch
     assert lines[-1]["queue/groups_played"] + lines[-1]["queue/groups_finished"] == 0
 
 
+def test_each_line_tells_how_idle_the_roles_were_and_what_was_sent(asynchronous):
+    lines = [line for line in read_lines(asynchronous / "metrics.jsonl") if "idle/learner" in line]
+    assert len(lines) >= STEPS - 4  # the first of each start has nothing to compare with
+    for role in ("generator", "rollout", "reward", "reference", "learner"):
+        assert all(-0.05 < line[f"idle/{role}"] < 1 for line in lines), role
+    assert all(line["idle/rollout"] < line["idle/reward"] for line in lines), "the environments take their time"
+    assert all(0 < line["generator/prefix_hit_rate"] < 1 for line in lines)
+    for name in ("publish/bytes", "publish/full_bytes", "publish/transfer_s", "publish/load_s"):
+        assert all(line[name] > 0 for line in lines), name
+
+
 def test_every_token_has_the_log_prob_of_the_version_that_it_names(asynchronous):
     """Across swaps in the middle of episodes, against plain transformers on each version's checkpoint."""
     folders = {read_state(f).version: f for f in (asynchronous / "checkpoints").glob("step=*")}
