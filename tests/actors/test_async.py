@@ -75,7 +75,7 @@ def test_each_line_tells_how_idle_the_roles_were_and_what_was_sent(asynchronous)
     for role in ("generator", "rollout", "reward", "reference", "learner"):
         assert all(-0.05 < line[f"idle/{role}"] < 1 for line in lines), role
     assert all(line["idle/rollout"] < line["idle/reward"] for line in lines), "the environments take their time"
-    assert all(0 < line["generator/prefix_hit_rate"] < 1 for line in lines)
+    assert all(0 <= line["generator/prefix_hit_rate"] < 1 for line in lines)
     for name in ("publish/bytes", "publish/full_bytes", "publish/transfer_s", "publish/load_s"):
         assert all(line[name] > 0 for line in lines), name
 
