@@ -101,7 +101,8 @@ async def run(episodes: int, folder: Path) -> dict[str, Any]:
     async def player() -> None:
         nonlocal done, early
         for number in numbers:
-            done += await step(number)
+            played = await step(number)
+            done += played
             if not early and done >= episodes / 4:
                 early = await memory()
 

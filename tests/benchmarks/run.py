@@ -1,7 +1,7 @@
 """`make bench`: every figure as a ratio within one run, as a table and as bench.json.
 
 Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
-    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async] [overhead] [sticky]
+    python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async] [overhead] [sticky] [changes]
 """
 
 import json
@@ -178,6 +178,23 @@ def sticky_rows() -> list[Row]:
     ]
 
 
+def changes_rows(root: Path) -> list[Row]:
+    """SmolLM2's arithmetic run, its RL in short: what publishes of changes alone send, against whole ones."""
+    run = train(
+        "smollm2_arithmetic", root, "weights.full_every=1000", "stages.0.steps=20", "stages.1.n=8", "stages.2.steps=6",
+        "stages.3.n=8",
+    )  # fmt: skip
+    steps = [line for line in read_lines(run / "metrics.jsonl") if line["stage"] == "rl"]
+    part = [line["publish/bytes"] / line["publish/full_bytes"] for line in steps]
+    return [
+        ("smollm2: bytes of a whole publish, MB", steps[0]["publish/full_bytes"] / 1e6, ""),
+        ("smollm2: sent by a publish of changes, MB", mean(line["publish/bytes"] for line in steps) / 1e6, ""),
+        ("smollm2: sent by a publish of changes / whole", mean(part), "<= 0.5"),
+        ("smollm2: publish of changes, s", mean(line["publish/transfer_s"] for line in steps), ""),
+        ("smollm2: load, s", mean(line["publish/load_s"] for line in steps), ""),
+    ]
+
+
 def holds(figure: float, bound: str) -> bool | None:
     if not bound:
         return None
@@ -186,7 +203,7 @@ def holds(figure: float, bound: str) -> bool | None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner", "async", "overhead", "sticky"]
+    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner", "async", "overhead", "sticky", "changes"]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if "quickstart" in wanted:
@@ -205,6 +222,8 @@ def main() -> None:
             rows += overhead_rows()
         if "sticky" in wanted:
             rows += sticky_rows()
+        if "changes" in wanted:
+            rows += changes_rows(Path(folder) / "c")
     table = Table("figure", "measured", "bound", "")
     for what, figure, bound in rows:
         table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])
