@@ -181,7 +181,7 @@ def sticky_rows() -> list[Row]:
 def changes_rows(root: Path) -> list[Row]:
     """SmolLM2's arithmetic run, its RL in short: what publishes of changes alone send, against whole ones."""
     run = train(
-        "smollm2_arithmetic", root, "weights.full_every=1000", "stages.0.steps=20", "stages.1.n=8", "stages.2.steps=6",
+        "smollm2_arithmetic", root, "weights.full_every=1000", "stages.0.steps=3", "stages.1.n=8", "stages.2.steps=6",
         "stages.3.n=8",
     )  # fmt: skip
     steps = [line for line in read_lines(run / "metrics.jsonl") if line["stage"] == "rl"]
