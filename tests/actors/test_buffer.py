@@ -13,6 +13,7 @@ from conftest import HERE
 from deadly_env import KINDS
 
 from actors.buffer import Buffer, Dropped
+from actors.faults import tried
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.role import bound_threads, remote_class
@@ -70,6 +71,8 @@ def played(parts, indices, meanwhile=None, deadline_s=60.0):
         async def opened(worker) -> None:
             await worker.open.remote(model)
 
+        for worker in workers:  # one that the test before has killed may not have been opened again
+            await tried(lambda _, w=worker: opened(w), FaultsConfig())
         buffer = remote_class(Buffer).options(**many).remote(config, workers, graders)
         requests = [GroupRequest(0, 0, source.task("train", i), 2) for i in indices]
         playing = asyncio.ensure_future(asyncio.wrap_future(buffer.play.remote(requests, SAMPLING).future()))
