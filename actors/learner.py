@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import ray
 import torch
 
 from actors.deepspeed_trainer import DeepSpeedTrainer
-from actors.learner_batch import Drawn, Held, RlBatch, example_samples, with_masked_thoughts
+from actors.learner_batch import Drawn, Held, RlBatch, StepResult, example_samples, with_masked_thoughts
 from actors.role import NotOpen, WatchedRole
 from rl import adapter
 from rl.algo.preference import kto_kl
@@ -39,13 +38,6 @@ StepId = tuple[int, int, int]
 
 What = Literal["all", "base", "adapter"]
 """What is published: the weights, an adapter merged in; without it; or it alone, for who has the base."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    sums: Sums
-    token_budget: int
-    seconds: float
 
 
 class LearnerRank(WatchedRole):

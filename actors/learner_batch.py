@@ -14,6 +14,7 @@ from rl.config_algo import AlgoConfig
 from rl.config_stage import SftStage
 from rl.credit import first_tokens
 from rl.data_stage import Example
+from rl.objective import Sums
 from rl.task import derive_seed
 
 
@@ -67,6 +68,15 @@ class RlBatch:
             weights[at[valued]] = weight if sample.weights.any() else 0
             out.append(Sample(sample.trajectory, weights, sample.columns))
         return out
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank says of an optimizer step."""
+
+    sums: Sums
+    token_budget: int
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -146,10 +146,9 @@ class Engine:
 
     def __init__(self, model_path: str, options: EngineOptions, version: int = 0):
         self.version = version
-        self.prefix_hits = self.prefix_queries = 0
-        """Prompt tokens found in the prefix cache, and in all."""
+        self.prefix_hits = self.prefix_queries = 0  # prompt tokens found in the prefix cache, and in all
         self.busy_s = 0.0
-        """Seconds with a request to step or a swap to make."""
+        """Seconds with a request to step or a swap to make; `_began`: when the one now began."""
         self._began: float | None = None
         self._options = options
         self._lora = ADAPTER if options.lora_rank else None
@@ -223,8 +222,7 @@ class Engine:
     @property
     def stuck_s(self) -> float:
         """Seconds since the step, or the swap, that is being made began."""
-        began = self._began
-        return 0.0 if began is None else time.perf_counter() - began
+        return 0.0 if (began := self._began) is None else time.perf_counter() - began
 
     @property
     def load_in_flight(self) -> int:
