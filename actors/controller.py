@@ -2,7 +2,8 @@
 
     eval: here · rl: actors/rl_stage.py · sft, preference, reward_model: actors/example_stage.py
 
-Synchronous: a stage's loop waits for each of its arrows in turn, and is unblocked by the slowest role. It sees
+A stage's loop waits for each of its arrows in turn, and is unblocked by the slowest role; what runs beside it is the
+producer's, the supervisor's, and an evaluation. It sees
 summaries, scores and references to trajectories, never a token. Compare rl/loop.py, the same algorithm on one page.
 """
 

@@ -168,9 +168,9 @@ def connect() -> None:
 
 def _cause(error: Any, folder: Path) -> str:
     """The first cause of a failed run in one message."""
-    cause = error
-    while getattr(cause, "cause", None) is not None:
-        cause = cause.cause
+    from actors.faults import cause_of
+
+    cause = cause_of(error)
     return f"the run ended: {type(cause).__name__}: {cause}\nThe run's log: {folder / 'logs' / 'run.log'}"
 
 

@@ -292,3 +292,19 @@ def test_a_worker_that_leaves_ends_what_it_has():
         return order
 
     assert asyncio.run(run()) == ["g0 a", "g1 b", "gone", "g2 a"]
+
+
+def test_nobody_joins_a_suspected_group_at_the_only_worker():
+    async def run() -> list[str]:
+        pool, order = WorkerPool(["a"]), []
+
+        async def play(name: str, alone: bool) -> None:
+            async with pool.one(alone):
+                order.append(f"{name} on")
+                await asyncio.sleep(0.05)
+                order.append(f"{name} off")
+
+        await asyncio.gather(play("g1", False), play("suspect", True), play("g2", False))
+        return order
+
+    assert asyncio.run(run()) == ["g1 on", "g1 off", "suspect on", "suspect off", "g2 on", "g2 off"]
