@@ -43,7 +43,8 @@ class WorkerPool:
             finally:
                 async with self._changed:
                     self._playing[worker] -= 1
-                    self._reserved.discard(worker)
+                    if alone:
+                        self._reserved.discard(worker)
                     self._changed.notify_all()
 
     async def _take(self) -> Any:
