@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.faults import Stuck, backoff, is_death, is_infra, named, tried, within
+from actors.owned import Owned
 from actors.role import AsyncRole
 from actors.worker_pool import WorkerPool
 from rl.config import Config
@@ -31,6 +32,7 @@ from rl.task import Task
 from rl.trajectory import Summary, Trajectory, to_row, write_parquet
 
 log = logging.getLogger("repertory")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -86,6 +88,7 @@ class Buffer(AsyncRole):
         self._reward_model: str | None = None
         self._quarantined = set(quarantined)
         self.progress = (0, 0)
+        self._owned = Owned()
 
     async def use(self, workers: Sequence[Any], rewards: Sequence[Any]) -> None:
         """From now on these. Returns when no group is under way at another worker."""
@@ -103,6 +106,7 @@ class Buffer(AsyncRole):
         Raises the failure of ours that lasts longer than faults.patience_s.
         """
         self._calls["play"] += 1
+        self._owned.free()
         self.progress = (0, len(requests))
         tally = _Tally()
         results = await asyncio.gather(*(self._group(r, sampling, tally) for r in requests))
@@ -124,6 +128,7 @@ class Buffer(AsyncRole):
             try:
                 async with self._workers.one(alone) as worker:
                     summaries, episodes, trajectories = worker.play.options(num_returns=3).remote(request, sampling)
+                    self._owned.add(episodes, trajectories)
                     try:
                         known = await within(self._faults.deadline_s, summaries)
                     except Stuck as error:
@@ -211,6 +216,7 @@ class Buffer(AsyncRole):
         async def call(attempt: int) -> tuple[Any, Any]:
             async with self._workers.one(alone=False) as worker:
                 examples, told = getattr(worker, method).options(num_returns=2).remote(*arguments)
+                self._owned.add(examples)
                 return examples, await told
 
         return await tried(call, self._faults)

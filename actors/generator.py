@@ -193,7 +193,7 @@ class Generator(AsyncRole):
 
     async def _swap(self, version: int, policy: str | None) -> Loaded:
         engine = self._vllm
-        if engine.version == version:
+        if engine.version == version and not engine.torn:
             self._current.set()
             return Loaded(version, 0.0, 0.0, 0.0, 0.0)
         started = time.perf_counter()
@@ -267,6 +267,7 @@ class Generator(AsyncRole):
         return {
             **super().status(),
             "busy_s": engine.busy_s,
+            "clock_s": time.perf_counter(),
             "version": engine.version,
             "in_flight": engine.load_in_flight,
             "prefix_hits": engine.prefix_hits,

@@ -87,14 +87,16 @@ class Role:
                 file.write(json.dumps(line) + "\n")
 
     def status(self) -> dict[str, Any]:
-        """pid, calls by name, seconds in them, peak resident memory in bytes."""
+        """pid, calls by name, seconds in them until clock_s (the process's own), peak resident memory in bytes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        busy_s = self._busy_s + (time.perf_counter() - self._began if self._under_way else 0.0)
+        now = time.perf_counter()
+        busy_s = self._busy_s + (now - self._began if self._under_way else 0.0)
         return {
             "role": self.role,
             "pid": os.getpid(),
             "calls": dict(self._calls),
             "busy_s": busy_s,
+            "clock_s": now,
             "peak_rss_bytes": peak,
         }
 

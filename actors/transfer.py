@@ -7,7 +7,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from rl.engine import LayerwiseTransfer
+from rl.transfer import LayerwiseTransfer
 from rl.weights import unpack
 
 NAME = "ray_object_store"

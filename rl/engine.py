@@ -12,16 +12,14 @@ import os
 import queue
 import threading
 import time
-from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 # Read when vLLM is imported: engine core and worker stay in this process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -29,17 +27,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLMEngine, SamplingParams
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.sampling_params import RequestOutputKind
 
-from rl.engine_options import IN_PROCESS, EngineOptions, engine_args
+import rl.transfer  # noqa: F401  registers how tensors of this process come in
+from rl.engine_options import EngineOptions, engine_args
 from rl.env import InfraError
 from rl.policy import Completion, Sampling
 
@@ -48,66 +40,6 @@ SwapPolicy = Literal["drain", "continue"]
 
 class EngineError(InfraError):
     """The engine thread has died; the text is its cause."""
-
-
-@dataclass
-class InitInfo(WeightTransferInitInfo):
-    """Nothing to rendezvous: who reads the weights is told where they are with every update."""
-
-
-class LayerwiseTransfer(WeightTransferEngine):
-    """The swap itself, for any source of named tensors in checkpoint format: subclasses say where they come from."""
-
-    init_info_cls = InitInfo
-
-    def init_transfer_engine(self, init_info: Any) -> None:
-        pass
-
-    @abstractmethod
-    def tensors(self, update_info: Any) -> Iterator[tuple[str, torch.Tensor]]: ...
-
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: Any) -> None:
-        model: Any = self.model
-        model.load_weights(self.tensors(update_info))
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        refresh_tied_head(self.model)
-
-    def shutdown(self) -> None:
-        pass
-
-
-def refresh_tied_head(model: Any) -> None:
-    """Pack the output head again when it shares the embedding's weight.
-
-    On CPU the head computes with a packed copy made at start. Reloading a tied embedding leaves that copy behind:
-    parameters and checksums agree, and the logits come from the old head.
-    """
-    head = getattr(model, "lm_head", None)
-    method = getattr(head, "quant_method", None)
-    if method is not None and getattr(model.config, "tie_word_embeddings", False):
-        method.process_weights_after_loading(head)
-
-
-@dataclass
-class TensorUpdate(WeightTransferUpdateInfo):
-    tensors: list[tuple[str, torch.Tensor]]
-
-
-class InProcessTransfer(LayerwiseTransfer):
-    """Tensors handed over within the process: rl/loop.py."""
-
-    update_info_cls = TensorUpdate
-
-    def tensors(self, update_info: TensorUpdate) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from update_info.tensors
-
-
-WeightTransferEngineFactory.register_engine(IN_PROCESS, InProcessTransfer)
 
 
 ADAPTER = LoRARequest("adapter", 1, "adapter")
@@ -147,9 +79,8 @@ class Engine:
     def __init__(self, model_path: str, options: EngineOptions, version: int = 0):
         self.version = version
         self.prefix_hits = self.prefix_queries = 0  # prompt tokens found in the prefix cache, and in all
-        self.busy_s = 0.0
-        """Seconds with a request to step or a swap to make; `_began`: when the one now began."""
-        self._began: float | None = None
+        self._busy: tuple[float, float | None] = 0.0, None
+        """Seconds in steps and swaps that are done, and when the one now began: one value, read by other threads."""
         self._options = options
         self._lora = ADAPTER if options.lora_rank else None
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -157,6 +88,8 @@ class Engine:
         self._held: list[tuple[str, Any]] = []
         self._swaps: deque[_Swap] = deque()
         self._next_id = 0
+        self._torn: float | None = None
+        """Since when the weights are no version's: a load has failed. Nothing is sampled until another succeeds."""
         self._error: BaseException | None = None
         self.died: Future[None] = Future()
         """Ends with EngineError when the engine does."""
@@ -190,7 +123,8 @@ class Engine:
 
         updates: one update_info a bucket, for the transfer engine named in the options. `drain` finishes the running
         requests on the old weights and holds new ones back; `continue` swaps at once, and running requests go on
-        with their cache computed again.
+        with their cache computed again. Raises what loading them does: nothing is sampled then, and no request is
+        lost, until another load succeeds.
         """
         swap = _Swap(version, updates, policy)
         self._send("swap", swap)
@@ -221,8 +155,19 @@ class Engine:
 
     @property
     def stuck_s(self) -> float:
-        """Seconds since the step, or the swap, that is being made began."""
-        return 0.0 if (began := self._began) is None else time.perf_counter() - began
+        """Seconds since the step, or the swap, that is being made began; or since the load that failed."""
+        began = self._torn or self._busy[1]
+        return 0.0 if began is None else time.perf_counter() - began
+
+    @property
+    def torn(self) -> bool:
+        return self._torn is not None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in steps and swaps, so far."""
+        done, began = self._busy
+        return done if began is None else done + time.perf_counter() - began
 
     @property
     def load_in_flight(self) -> int:
@@ -252,20 +197,27 @@ class Engine:
         started.set_result(None)
         try:
             while self._take_commands():
-                self._began = began = time.perf_counter()
-                while self._swaps and (self._swaps[0].policy == "continue" or not self._running):
+                began = time.perf_counter()
+                self._busy = self._busy[0], began
+                while self._swaps and self._due(self._swaps[0]):
                     self._apply_swap(self._swaps[0])
-                if self._llm.has_unfinished_requests():
+                if self._steps:
                     for output in self._llm.step():
                         self._finish(output)
-                self._began = None
-                self.busy_s += time.perf_counter() - began
+                self._busy = self._busy[0] + time.perf_counter() - began, None
         except BaseException as error:  # the thread's end must reach everyone who waits on it
             self._fail(error)
 
+    def _due(self, swap: _Swap) -> bool:
+        return swap.policy == "continue" or not self._running or self.torn
+
+    @property
+    def _steps(self) -> bool:
+        return not self.torn and self._llm.has_unfinished_requests()
+
     def _take_commands(self) -> bool:
         """Take what is queued; with nothing to do, wait for it. False ends the thread."""
-        idle = not self._llm.has_unfinished_requests() and not self._swaps
+        idle = not self._steps and not self._swaps
         timeout: float | None = None
         while True:
             try:
@@ -301,12 +253,14 @@ class Engine:
 
     def _apply_swap(self, swap: _Swap) -> None:
         states = self._llm.output_processor.request_states
-        if swap.adapter is not None:
-            # Only here: of a request that asked for load_inplace vLLM would read the folder again at every step.
-            path = str(swap.adapter.resolve())
-            self._llm.add_lora(LoRARequest(ADAPTER.lora_name, ADAPTER.lora_int_id, path, load_inplace=True))
-        else:
-            self._load_weights(swap.updates)
+        try:
+            self._take_weights(swap)
+        except Exception as error:  # most likely who had them is gone: the next load may be of another's
+            self._torn = time.perf_counter()
+            self._swaps.popleft()
+            swap.future.set_exception(error)
+            return
+        self._torn = None
         # Cached keys and values were computed by the old weights; running requests compute theirs again.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not drop its prefix cache with the weights")
@@ -322,13 +276,19 @@ class Engine:
                 self._add(*body)
         swap.future.set_result(None)
 
+    def _take_weights(self, swap: _Swap) -> None:
+        if swap.adapter is not None:
+            # Only here: of a request that asked for load_inplace vLLM would read the folder again at every step.
+            path = str(swap.adapter.resolve())
+            self._llm.add_lora(LoRARequest(ADAPTER.lora_name, ADAPTER.lora_int_id, path, load_inplace=True))
+        else:
+            self._load_weights(swap.updates)
+
     def _load_weights(self, updates: Sequence[dict[str, Any]]) -> None:
         self._llm.collective_rpc("start_weight_update")
-        try:
-            for update in updates:
-                self._llm.collective_rpc("update_weights", args=(update,))
-        finally:
-            self._llm.collective_rpc("finish_weight_update")
+        for update in updates:
+            self._llm.collective_rpc("update_weights", args=(update,))  # an error ends the update that was started
+        self._llm.collective_rpc("finish_weight_update")
         self._take_adapter_off()
 
     def _take_adapter_off(self) -> None:

@@ -73,7 +73,8 @@ def test_each_line_tells_how_idle_the_roles_were_and_what_was_sent(asynchronous)
     lines = [line for line in read_lines(asynchronous / "metrics.jsonl") if "idle/learner" in line]
     assert len(lines) >= STEPS - 4  # the first of each start has nothing to compare with
     for role in ("generator", "rollout", "reward", "reference", "learner"):
-        assert all(-0.05 < line[f"idle/{role}"] < 1 for line in lines), role
+        assert any(line[f"idle/{role}"] < 1 for line in lines), role
+        assert all(0 <= line[f"idle/{role}"] <= 1 for line in lines), role
     assert all(line["idle/rollout"] < line["idle/reward"] for line in lines), "the environments take their time"
     assert all(0 <= line["generator/prefix_hit_rate"] < 1 for line in lines)
     for name in ("publish/bytes", "publish/full_bytes", "publish/transfer_s", "publish/load_s"):

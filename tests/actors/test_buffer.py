@@ -6,6 +6,7 @@ No failure becomes a reward.
 import asyncio
 import os
 import signal
+import time
 
 import pytest
 import ray
@@ -86,6 +87,27 @@ def played(parts, indices, meanwhile=None, deadline_s=60.0):
         return found, again
 
     return asyncio.run(run())
+
+
+def test_what_nobody_refers_to_any_more_leaves_the_buffers_memory(parts):
+    """Ray itself does not free it where the last reference was another process's: actors/owned.py."""
+    config, _, workers, graders, many = parts
+    source = World(config.env, 0).source
+
+    def kept(self) -> int:
+        return ray._private.worker.global_worker.core_worker.get_memory_store_size()
+
+    buffer = remote_class(Buffer).options(**many).remote(config, workers, graders)
+    sizes = []
+    for _ in range(3):
+        requests = [GroupRequest(0, 0, source.task("train", index_of("fine", n)), 2) for n in range(8)]
+        found = ray.get(buffer.play.remote(requests, SAMPLING))
+        sizes.append(ray.get(buffer.__ray_call__.remote(kept)))
+        assert all(len(ray.get(g.episodes)) == len(ray.get(g.trajectories)) == 2 for g in found.groups)
+        del found
+        time.sleep(0.5)  # the buffer hears of it
+    ray.kill(buffer)
+    assert sizes[0] >= 16 and max(sizes) <= sizes[0] + 16, "one step's, and one before it at most"
 
 
 def index_of(kind: str, n: int = 0) -> int:

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from actors.bucket_cache import BucketCache
+from actors.faults import is_infra
 from actors.generator import Generator
 from actors.learner import LearnerRank
 from actors.role import bound_threads, remote_class
@@ -24,10 +25,19 @@ class StaleHeadGenerator(Generator):
     """The planted fault: the output head keeps computing with its packed copy of the old tied embedding."""
 
     async def open(self, model_path: str) -> None:
-        import rl.engine
+        import rl.transfer
 
-        rl.engine.refresh_tied_head = lambda model: None
+        rl.transfer.refresh_tied_head = lambda model: None
         await super().open(model_path)
+
+
+class DyingStore(WeightStore):
+    """Its first process ends when a bucket is asked for, which is in the middle of a load."""
+
+    async def bucket(self, version: int, index: int):
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            os._exit(1)
+        return await super().bucket(version, index)
 
 
 def environment(threads: int = 1) -> dict:
@@ -42,20 +52,23 @@ def parts(ray_cluster, quickstart_config, tmp_path_factory):
     config = quickstart_config(*small, "weights.bucket_mib=1")
     model = str(prepare_model(config.model, World(config.env, 0), 0, tmp_path_factory.mktemp("m") / "m"))
     store = remote_class(WeightStore).options(name="store", namespace=NAMESPACE, num_cpus=0).remote()
-    learner = remote_class(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
-    host, port = ray.get(learner.address.remote())
-    ray.get(learner.open.remote(model, PROBE, host, port))
-    return config, model, store, learner
+    return config, model, store, make_learner(config, model)
 
 
-def make_generator(cls, config, model):
+def make_generator(cls, config, model, store="store"):
     generator = (
         ray.remote(cls)
         .options(num_cpus=0, max_concurrency=64, runtime_env=environment())
-        .remote(config, "cpu", "store", NAMESPACE)
+        .remote(config, "cpu", store, NAMESPACE)
     )
     ray.get(generator.open.remote(model))
     return generator
+
+
+def make_learner(config, model):
+    learner = remote_class(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
+    ray.get(learner.open.remote(model, PROBE, *ray.get(learner.address.remote())))
+    return learner
 
 
 def perturb(rank, scale: float) -> None:
@@ -106,8 +119,7 @@ def test_changes_are_applied_once_a_node_and_a_restarted_store_takes_only_what_w
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"full_every": 3})})
     options = {"num_cpus": 0, "runtime_env": environment(), "max_concurrency": 8}
     store = remote_class(WeightStore).options(name="changes", namespace=NAMESPACE, **options).remote(3)
-    learner = remote_class(LearnerRank).options(num_cpus=0, runtime_env=environment()).remote(config, "cpu", 0)
-    ray.get(learner.open.remote(model, PROBE, *ray.get(learner.address.remote())))
+    learner = make_learner(config, model)
     cache = remote_class(BucketCache).options(**options).remote("changes", NAMESPACE)
 
     def move_one(self):
@@ -141,3 +153,20 @@ def test_changes_are_applied_once_a_node_and_a_restarted_store_takes_only_what_w
     assert ray.get(again.newest.remote()) is None
     for actor in (store, again, learner, cache):
         ray.kill(actor)
+
+
+def test_a_store_that_dies_in_the_middle_of_a_load_does_not_take_the_engine_with_it(parts):
+    config, model, _, _ = parts
+    options = {"num_cpus": 0, "max_restarts": 1, "runtime_env": environment()}
+    store = remote_class(DyingStore).options(name="dying", namespace=NAMESPACE, **options).remote()
+    learner = make_learner(config, model)
+    generator = make_generator(Generator, config, model, "dying")
+    pid = ray.get(generator.status.remote())["pid"]
+    perturb(learner, 0.05)
+    ray.get(store.publish.remote(0, 0, [learner]))
+    with pytest.raises(ray.exceptions.RayError) as failed:
+        ray.get(generator.load.remote(0))
+    assert is_infra(failed.value)
+    ray.get(store.publish.remote(1, 1, [learner]))
+    assert ray.get(generator.load.remote(1)).probe_max_diff < 1e-4
+    assert ray.get(generator.status.remote())["pid"] == pid

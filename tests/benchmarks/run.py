@@ -163,7 +163,7 @@ def overhead_rows() -> list[Row]:
         ("overhead: three-turn episodes a second", told["episodes"] / told["seconds"], ">= 100"),
         ("overhead: episodes", told["episodes"], ""),
         *((f"overhead: MiB of the {n} after a quarter of them", told["early"][n] / 2**20, "") for n in names),
-        *((f"overhead: MiB that the {n} grew by from then on", growth[n], "<= 16") for n in names),
+        *((f"overhead: MiB that the {n} grew by from then on", growth[n], "<= 4") for n in names),
     ]
 
 

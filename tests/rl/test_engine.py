@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import rl.engine
+import rl.transfer
 from rl.adapter import adapter_tensors, attach, write_adapter
 from rl.config import LoraConfig
-from rl.engine import Engine, EngineOptions
+from rl.engine import Engine, EngineError, EngineOptions
 from rl.engine_options import allowed_rank
 from rl.env import World
 from rl.model import TokenScorer, load_causal_lm, sequence_logprobs
@@ -170,12 +170,56 @@ async def test_continue_swaps_between_two_tokens_of_a_request_twice(engine, mode
     assert_each_token_is_of_its_version(models.of, completions)
 
 
+def torn_off(models, version: int, after: int):
+    """Weights of which only the first tensors come."""
+
+    def tensors():
+        yield from list(models.of(version).named_parameters())[:after]
+        raise ConnectionError("the store is gone")
+
+    return [{"tensors": tensors()}]
+
+
+@pytest.mark.parametrize("policy", ["drain", "continue"])
+async def test_a_load_that_fails_half_way_ends_no_request_and_nothing_is_sampled_until_the_next(engine, models, policy):
+    start = engine.version
+    running = [engine.submit(PROMPT, GO_ON.with_(seed=i, max_tokens=150)) for i in range(4)]
+    await until_sampled(engine, 5)
+    with pytest.raises(ConnectionError, match="the store is gone"):
+        await asyncio.wrap_future(engine.load(start + 1, torn_off(models, start + 1, 12), policy))
+    late = engine.submit(PROMPT, GO_ON.with_(max_tokens=20))
+    await asyncio.sleep(0.5)
+    assert engine.torn and engine.version == start
+    assert not late.done() and engine.stuck_s >= 0.5, "with half of the weights"
+    await asyncio.wrap_future(engine.load(start + 2, models.update(start + 2), policy))
+    assert not engine.torn
+    completions = [f.result() for f in [*running, late]]
+    seen = {v for c in completions for v in c.versions}
+    assert seen == {start, start + 2}
+    assert set(completions[-1].versions) == {start + 2}
+    assert_each_token_is_of_its_version(models.of, completions)
+
+
+async def test_wherever_a_load_fails_the_next_leaves_nothing_of_it(engine, models):
+    """In the middle of a layer too, whose first weights have come."""
+    probe, version, wrong = list(range(3, 60)), engine.version + 2, {}
+    expected = sequence_logprobs(TokenScorer(models.of(version)), probe).numpy()
+    for after in range(len(list(models.of(0).named_parameters()))):
+        with pytest.raises(ConnectionError):
+            engine.load(version - 1, torn_off(models, version - 1, after), "drain").result()
+        engine.load(version, models.update(version), "drain").result()
+        off = np.abs(engine.score(probe).result() - expected).max()
+        if off > 1e-4:
+            wrong[after] = off
+    assert not wrong
+
+
 async def test_the_probe_catches_a_stale_tied_head(engine, models, monkeypatch):
     """The planted fault: after a reload the head still computes with its packed copy of the old embedding."""
     probe, version = list(range(3, 60)), engine.version + 1
     expected = sequence_logprobs(TokenScorer(models.of(version)), probe).numpy()
     with monkeypatch.context() as patched:
-        patched.setattr(rl.engine, "refresh_tied_head", lambda model: None)
+        patched.setattr(rl.transfer, "refresh_tied_head", lambda model: None)
         engine.load(version, models.update(version), "drain").result()
     assert np.abs(engine.score(probe).result() - expected).mean() > 1e-1
     engine.load(version + 1, models.update(version), "drain").result()
@@ -312,12 +356,16 @@ def test_a_rank_above_vllms_largest_is_refused():
         allowed_rank(513)
 
 
-def test_an_error_in_the_thread_reaches_everyone_who_waits(folder):
+def test_an_error_in_the_thread_reaches_everyone_who_waits(folder, models, monkeypatch):
     dying = Engine(str(folder), EngineOptions(max_length=200, max_sequences=4))
+
+    def fail():
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(dying._llm, "step", fail)
     waiting = dying.submit(PROMPT, GO_ON.with_(max_tokens=150))
-    bad = dying.load(1, [{"tensors": [("no.such.weight", torch.zeros(1))]}], "continue")
-    for future in (bad, waiting):
-        with pytest.raises(rl.engine.EngineError):
+    for future in (waiting, dying.died):
+        with pytest.raises(EngineError, match="no kernel image"):
             future.result(timeout=60)
-    with pytest.raises(rl.engine.EngineError):
+    with pytest.raises(EngineError):
         dying.submit(PROMPT, GO_ON)
