@@ -17,6 +17,8 @@ $(STAMP): .ci/lock-cpu.txt pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(TORCH_ARGS) torch==2.13.0
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode -r .ci/lock-cpu.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	command -v bwrap >/dev/null || (apt-get update -q && apt-get install -y -q bubblewrap) >/dev/null || \
+		echo "bubblewrap is not here and cannot be installed: environments that run code will refuse to start"
 	touch $(STAMP)
 
 quickstart: $(STAMP)

@@ -9,10 +9,10 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
@@ -32,6 +32,7 @@ from rl.task import Task
 from rl.trajectory import Summary, Trajectory, to_row, write_parquet
 
 log = logging.getLogger("repertory")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -204,22 +205,29 @@ class Buffer(AsyncRole):
     async def shown(self, tasks: Sequence[Task]) -> list[str]:
         """What each task's demonstration says."""
 
-        async def call(attempt: int) -> list[str]:
-            async with self._workers.one(alone=False) as worker:
-                return await worker.shown.remote(tasks)
+        async def call(worker: Any) -> list[str]:
+            return await worker.shown.remote(tasks)
 
-        return await tried(call, self._faults)
+        return await self._by_a_worker(call)
 
     async def _examples(self, method: str, *arguments: Any) -> tuple[Any, Any]:
-        """A ref of what a worker makes, and what it says of it, by whichever worker lives."""
+        """A ref of what a worker makes, and what it says of it."""
 
-        async def call(attempt: int) -> tuple[Any, Any]:
+        async def call(worker: Any) -> tuple[Any, Any]:
+            examples, told = getattr(worker, method).options(num_returns=2).remote(*arguments)
+            self._owned.add(examples)
+            return examples, await told
+
+        return await self._by_a_worker(call)
+
+    async def _by_a_worker(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        """By whichever worker lives."""
+
+        async def by_one(attempt: int) -> T:
             async with self._workers.one(alone=False) as worker:
-                examples, told = getattr(worker, method).options(num_returns=2).remote(*arguments)
-                self._owned.add(examples)
-                return examples, await told
+                return await call(worker)
 
-        return await tried(call, self._faults)
+        return await tried(by_one, self._faults)
 
     async def credit(
         self, groups: Sequence[Group], facts: Sequence[GroupFacts], algo: AlgoConfig, max_length: int,

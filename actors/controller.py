@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -201,10 +201,10 @@ class Controller(AsyncRole):
 
     # -- what the stages share -----------------------------------------------------------------------------------
 
-    async def play(self, requests: list[GroupRequest], temperature: float, top_p: float = 1.0) -> Played:
-        sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=self.config.rollout.max_turn_tokens)
+    async def play(self, requests: Sequence[GroupRequest], temperature: float, top_p: float = 1.0) -> Played:
+        """These groups, while nothing else is done. Raises ValueError when none could be played."""
         with self.timed("generate"), self.working("generator"):
-            played: Played = await self.company.buffer.play.remote(requests, sampling)
+            played = await self.play_beside(requests, temperature, top_p)
         self.timing["reward"] = self.timing.get("reward", 0.0) + played.reward_s
         for dropped in played.dropped:
             self.drop(dropped)
@@ -212,10 +212,10 @@ class Controller(AsyncRole):
             raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1].cause}")
         return played
 
-    async def play_one(self, request: GroupRequest, temperature: float) -> Played:
-        """One group; others are played meanwhile."""
-        sampling = Sampling(temperature=temperature, max_tokens=self.config.rollout.max_turn_tokens)
-        return await self.company.buffer.play.remote([request], sampling)
+    async def play_beside(self, requests: Sequence[GroupRequest], temperature: float, top_p: float = 1.0) -> Played:
+        """The same, beside whatever else goes on. What was dropped is the caller's to count."""
+        sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=self.config.rollout.max_turn_tokens)
+        return await self.company.buffer.play.remote(requests, sampling)
 
     async def begin(self, index: int, stage: TrainingStage) -> None:
         """The weights to start with and a fresh optimizer, unless the stage goes on from a checkpoint inside it."""

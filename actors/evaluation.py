@@ -11,7 +11,6 @@ from rl.config_stage import EvalStage, PreferenceStage, RewardModelStage, RlStag
 from rl.episode import GroupRequest
 from rl.evaluate import Outcome, Report, report
 from rl.metrics import read_lines
-from rl.policy import Sampling
 from rl.task import Task, TaskStream
 
 if TYPE_CHECKING:
@@ -75,8 +74,7 @@ class Beside:
         stage = EvalStage(kind="eval", n=self.stage.evaluate.n, temperature=temperature, greedy=False)
         where = _where(run, self.index, stage, self.stage)
         requests = [GroupRequest(self.index, run.state.step, task, 1) for task in _tasks(run, stage)]
-        sampling = Sampling(temperature=temperature, max_tokens=run.config.rollout.max_turn_tokens)
-        played: Played = await run.company.buffer.play.remote(requests, sampling)
+        played = await run.play_beside(requests, temperature)
         found = _report(run, played)
         for dropped in played.dropped:
             run.drop(dropped)

@@ -82,13 +82,13 @@ class LearnerGroup:
 
     async def ask(self, method: str, *arguments: Any) -> list[Any]:
         """A call that leaves the ranks as they are."""
-        return await self._call(method, arguments)
+        return (await self._call(method, arguments))[1]
 
     async def tell(self, method: str, *arguments: Any) -> list[Any]:
         """A call that changes what the ranks hold: a group that is made again is told it again."""
         self._changing += 1
         try:
-            results = await self._call(method, arguments)
+            _, results = await self._call(method, arguments)
             self._journal.append((method, arguments))
         finally:
             self._changing -= 1
@@ -96,22 +96,16 @@ class LearnerGroup:
 
     async def refs(self, method: str, *arguments: Any) -> list[Any]:
         """The first of the two return values of each rank's `method`, unread, when the second says that it is there."""
-        while True:
-            lives = self.lives
-            pairs = [getattr(rank, method).options(num_returns=2).remote(*arguments) for rank in self.ranks]
-            try:
-                await self._all([told for _, told in pairs])
-            except Exception as error:
-                await self.mend(lives, error)
-            else:
-                return [ref for ref, _ in pairs]
+        return [first for first, _ in (await self._call(method, arguments, returns=2))[0]]
 
-    async def _call(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
+    async def _call(self, method: str, arguments: tuple[Any, ...], returns: int = 1) -> tuple[list[Any], list[Any]]:
+        """Each rank's refs, and its last return value."""
         while True:
             async with self._lock:
                 lives = self.lives
+            calls = [getattr(rank, method).options(num_returns=returns).remote(*arguments) for rank in self.ranks]
             try:
-                return await self._all([getattr(rank, method).remote(*arguments) for rank in self.ranks])
+                return calls, await self._all([call[-1] if returns > 1 else call for call in calls])
             except Exception as error:
                 await self.mend(lives, error)
 

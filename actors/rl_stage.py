@@ -136,10 +136,11 @@ class RlLoop:
                 total, credited = await self.learn(gathered, columns, step)
             run.state = replace(run.state, cursor=self.tasks.cursor, under_way=self.producer.state())
             await self.evaluations.finish()
+            measured = asyncio.ensure_future(run.measure())
             await run.publish()
             if written is not None:
                 await written
-        await run.measure()
+            await measured
         self.report(gathered, total, credited, step)
         if step % 10 == 0:
             await run.show_episodes(gathered.all)
@@ -207,10 +208,10 @@ class RlLoop:
         request = GroupRequest(
             self.index, place.slot, self.task(place.index), self.algo.group_size, place.attempt, max_turns=turns
         )
-        played = run.play_one(request, self.temperature)
+        played = run.play_beside([request], self.temperature)
         if self.algo.baseline != "greedy":
             return Result(await played)
-        both = await asyncio.gather(played, run.play_one(replace(request, samples=1), 0.0))
+        both = await asyncio.gather(played, run.play_beside([replace(request, samples=1)], 0.0))
         greedy = both[1].groups
         return Result(both[0], greedy[0].scores[0].total if greedy else None)
 

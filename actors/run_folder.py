@@ -23,6 +23,7 @@ from rich.console import Console
 
 from actors.display import Display
 from actors.status import Status
+from rl import checkpoint
 from rl.config_file import ConfigError
 
 _KEPT = ("owner.lock", "writer.lock", "stop")
@@ -117,7 +118,7 @@ def _lock(file: IO[str], patience_s: float = 0.0) -> bool:
 
 def write_status(folder: Path, status: Status) -> None:
     with suppress(OSError):  # a full disk is the run's to say
-        _write_whole(folder / "status.json", asdict(status))
+        checkpoint.write_whole(folder / "status.json", asdict(status))
 
 
 def read_status(folder: Path) -> Status | None:
@@ -167,7 +168,7 @@ def scale_run(folder: Path, wanted: dict[str, int], console: Console, *, wait: b
         raise ConfigError(f"nobody trains in {folder}: `repertory status {folder}` says how it ended")
     scaled = folder / "scaled.json"
     scaled.unlink(missing_ok=True)
-    _write_whole(folder / "scale.json", wanted)
+    checkpoint.write_whole(folder / "scale.json", wanted)
     if not wait:
         return
     what = ", ".join(f"{role}={count}" for role, count in wanted.items())
@@ -193,13 +194,7 @@ def take_scale_wish(folder: Path) -> dict[str, int] | None:
 
 
 def write_scaled(folder: Path, sizes: dict[str, int], error: str) -> None:
-    _write_whole(folder / "scaled.json", {"sizes": sizes, "error": error})
-
-
-def _write_whole(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(value))
-    partial.rename(path)
+    checkpoint.write_whole(folder / "scaled.json", {"sizes": sizes, "error": error})
 
 
 def _running(folder: Path) -> bool:

@@ -94,11 +94,16 @@ def mark_best(run: Path, step: int, success: float) -> bool:
     known = best(run)
     if known is not None and known["success"] >= success:
         return False
-    partial = root / ".best.json"
-    partial.write_text(json.dumps({"step": step, "success": success}))
-    partial.rename(root / "best.json")
+    write_whole(root / "best.json", {"step": step, "success": success})
     _link(root, "best", f"step={step}")
     return True
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """As JSON: who reads the file meanwhile finds what it held, or what it holds."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(value))
+    partial.rename(path)
 
 
 def best(run: Path) -> dict[str, Any] | None:

@@ -274,7 +274,8 @@ class RlStage(TrainingStage):
     max_staleness: NonNegativeInt = 0
     """How many versions behind the learner's the oldest token of an episode may be. 0: synchronous; 1: one step off; k:
     the generators go on while the learner learns. What is staler is played again."""
-    checkpoint_every: NonNegativeInt = 0
+    checkpoint_every: NonNegativeInt = 20
+    """Steps. 0: none before the stage ends; the batches of the whole stage are kept for a learner that may die."""
     evaluate: EvaluateConfig | None = None
     algo: AlgoConfig = AlgoConfig()
     horizon: HorizonConfig | None = None

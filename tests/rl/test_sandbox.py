@@ -1,0 +1,451 @@
+"""Attacks on the sandbox: each does what it is meant to where its limit is taken away, and nothing where it is not."""
+
+import asyncio
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+import rl.sandbox
+from rl.env import InfraError
+from rl.sandbox import NoSandbox, Sandbox, SandboxConfig
+
+SAFE = SandboxConfig()
+LOCAL = SandboxConfig(backend="unsafe_local")
+HERE = Path(__file__).resolve()
+
+
+def processes(mark: str) -> list[int]:
+    """Processes of this machine that have the mark on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:
+            pass
+    return found
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def run(code: str, config: SandboxConfig = SAFE):
+    """The code's result. Nothing of it is left behind: no process, no descriptor, no file."""
+    mark = uuid.uuid4().hex
+    before, files = descriptors(), set(os.listdir("/tmp"))
+    result = await Sandbox(config).run(f"mark = '{mark}'\n{code}")
+    assert descriptors() == before
+    if config.backend == "bubblewrap":
+        # Code is handed over by pipe, so only what it starts itself can carry the mark.
+        deadline = time.monotonic() + 5
+        while (left := processes(mark)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        assert not left
+    assert {name for name in set(os.listdir("/tmp")) - files if name.startswith("repertory-")} == set()
+    return result
+
+
+BOMBS = {
+    "fork bomb": (
+        "import os, time\nfor i in range(40):\n    if os.fork() == 0:\n        time.sleep(60)\n        os._exit(0)\n"
+        "print('reached')",
+        "processes", {"processes": 16}, {"processes": 200},
+    ),
+    "thread bomb": (
+        "import os, threading, time\n"
+        "for i in range(40): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print('reached', flush=True)\nos._exit(0)",
+        "processes", {"processes": 16, "memory_mib": 4096}, {"processes": 200, "memory_mib": 4096},
+    ),
+    "memory bomb": (
+        "a = bytearray(300 * 2**20)\nprint('reached')", "memory", {"memory_mib": 128}, {"memory_mib": 1024},
+    ),
+    "infinite loop": (
+        "import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\nprint('reached')",
+        "cpu", {"cpu_s": 1}, {"cpu_s": 10},
+    ),
+    "a loop that catches what it can": (
+        "import signal, time\nfor s in (signal.SIGTERM, signal.SIGINT, signal.SIGXCPU):\n"
+        "    signal.signal(s, signal.SIG_IGN)\n"
+        "end = time.monotonic() + 2\n"
+        "while time.monotonic() < end:\n    try: time.sleep(0.1)\n    except BaseException: pass\nprint('reached')",
+        "wall", {"wall_s": 0.7}, {"wall_s": 20},
+    ),
+    "output flood": (
+        "import sys\nfor i in range(300): print('x' * 1000)\nprint('reached')", "output",
+        {"output_kib": 64}, {"output_kib": 1024},
+    ),
+    "flood of errors": (
+        "import sys\nfor i in range(300): print('x' * 1000, file=sys.stderr)\nprint('reached')", "output",
+        {"output_kib": 64}, {"output_kib": 1024},
+    ),
+    "one large file": (
+        "with open('/tmp/a', 'wb') as f:\n    for i in range(24): f.write(bytes(2**20))\nprint('reached')", "file_size",
+        {"file_mib": 16}, {"file_mib": 64},
+    ),
+    "disk full of files": (
+        "for i in range(24):\n    with open(f'/tmp/{i}', 'wb') as f: f.write(bytes(2**20))\nprint('reached')",
+        "file_size", {"file_mib": 16}, {"file_mib": 64},
+    ),
+    "shared memory full": (
+        "for i in range(24):\n    with open(f'/dev/shm/{i}', 'wb') as f: f.write(bytes(2**20))\nprint('reached')",
+        "file_size", {"file_mib": 16}, {"file_mib": 64},
+    ),
+    "descriptors": (
+        "files = [open('/dev/null') for i in range(100)]\nprint('reached')", "open_files",
+        {"open_files": 64}, {"open_files": 256},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+async def test_a_limit_holds_and_is_named(name):
+    code, limit, tight, wide = BOMBS[name]
+    result = await run(code, SandboxConfig(**tight))
+    assert "reached" not in result.output
+    assert (result.limit, result.ok) == (limit, False), result
+    result = await run(code, SandboxConfig(**wide))
+    assert result.output.rstrip().endswith("reached"), (result.output[-80:], result.error)
+    assert (result.exit, result.limit) == (0, None)
+
+
+class Listener:
+    """A server of ours that writes down who reached it."""
+
+    def __init__(self, family: int, kind: int, address):
+        self.socket = socket.socket(family, kind)
+        self.socket.bind(address)
+        if kind == socket.SOCK_STREAM:
+            self.socket.listen()
+        self.socket.settimeout(0.3)
+
+    @property
+    def reached(self) -> bool:
+        try:
+            if self.socket.type == socket.SOCK_STREAM:
+                self.socket.accept()[0].close()
+            else:
+                self.socket.recv(10)
+        except TimeoutError:
+            return False
+        return True
+
+
+SOCKETS = {
+    "TCP": (socket.AF_INET, socket.SOCK_STREAM, "socket.AF_INET, socket.SOCK_STREAM"),
+    "UDP": (socket.AF_INET, socket.SOCK_DGRAM, "socket.AF_INET, socket.SOCK_DGRAM"),
+    "a Unix socket's file": (socket.AF_UNIX, socket.SOCK_STREAM, "socket.AF_UNIX, socket.SOCK_STREAM"),
+    "an abstract Unix socket": (socket.AF_UNIX, socket.SOCK_STREAM, "socket.AF_UNIX, socket.SOCK_STREAM"),
+}
+
+
+@pytest.mark.parametrize("name", SOCKETS)
+async def test_no_socket_of_ours_is_reached(name, tmp_path):
+    """Ray's, vLLM's and the server's ports are such sockets."""
+    family, kind, text = SOCKETS[name]
+    address = {"a Unix socket's file": str(tmp_path / "s"), "an abstract Unix socket": f"\0{uuid.uuid4().hex}"}
+    server = Listener(family, kind, address.get(name, ("127.0.0.1", 0)))
+    os.chmod(tmp_path, 0o755)
+    code = f"import socket\ns = socket.socket({text})\ns.connect({server.socket.getsockname()!r})\ns.send(b'hello')"
+    result = await run(code)
+    assert not result.ok or name == "UDP"
+    assert not server.reached
+    assert (await run(code, LOCAL)).ok and server.reached
+
+
+SECRETS = {
+    "/etc/passwd": lambda: pwd.getpwuid(0).pw_dir + ":",
+    "/etc/shadow": lambda: "root:",
+    str(HERE): lambda: "Attacks on the sandbox",
+    str(HERE.parent.parent.parent / "pyproject.toml"): lambda: "[project]",
+}
+
+
+@pytest.mark.parametrize("path", SECRETS)
+@pytest.mark.parametrize("way", ["directly", "by a link", "by a descriptor of a folder"])
+async def test_no_file_of_ours_is_read(path, way):
+    if not os.access(path, os.R_OK):
+        pytest.skip(f"this user may not read {path} either")
+    code = {
+        "directly": f"print(open({path!r}).read())",
+        "by a link": f"import os\nos.symlink({path!r}, 'link')\nprint(open('link').read())",
+        "by a descriptor of a folder": f"import os\nd = os.open({os.path.dirname(path)!r}, os.O_RDONLY)\n"
+        f"print(os.fdopen(os.open({os.path.basename(path)!r}, os.O_RDONLY, dir_fd=d)).read())",
+    }[way]
+    secret = SECRETS[path]()
+    result = await run(code)
+    assert not result.ok and secret not in result.output
+    assert secret in (await run(code, LOCAL)).output
+
+
+async def test_no_home_no_environment_and_no_other_process_is_seen(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", secret := uuid.uuid4().hex)
+    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    time.sleep(0.3)
+    try:
+        code = (
+            f"import glob, os\nprint(dict(os.environ))\nprint(os.path.exists({str(Path.home())!r}))\n"
+            "for p in glob.glob('/proc/[0-9]*/environ'):\n"
+            "    try: print(open(p, 'rb').read())\n    except OSError: pass\n"
+            "print(sorted(glob.glob('/proc/[0-9]*')))"
+        )
+        inside, outside = await run(code), await run(code, LOCAL)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert secret not in inside.output and secret in outside.output
+    assert "False" in inside.output and "True" in outside.output
+    assert f"/proc/{holder.pid}'" in outside.output
+    assert len(inside.output.splitlines()[-1].split(",")) <= 3, "its own and bubblewrap's"
+
+
+async def test_no_process_of_ours_is_killed():
+    victim = subprocess.Popen(["sleep", "60"])
+    code = (
+        "import os, signal\n"
+        f"for pid in (os.getppid(), 1, {victim.pid}, {os.getpid()}):\n"
+        "    if pid in (%s): continue\n"
+        "    try: os.kill(pid, signal.SIGTERM if pid == 1 else signal.SIGKILL)\n    except OSError as e: print(e)"
+    )
+    result = await run(code % f"{os.getpid() + 10**7},")
+    assert victim.poll() is None and result.exit in (0, None)
+    await run(code % f"os.getppid(), 1, {os.getpid()}", LOCAL)
+    assert victim.wait(timeout=5) == -signal.SIGKILL
+
+
+async def test_what_detaches_itself_does_not_outlive_the_call():
+    mark = uuid.uuid4().hex
+    code = (
+        "import os, subprocess, sys, time\n"
+        "if os.fork() == 0:\n    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        f"        os.execv('/usr/bin/python3', ['python3', '-c', 'import time; time.sleep(60)', '{mark}'])\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.3)\nprint('reached')"
+    )
+    assert (await run(code)).output == "reached\n"
+    time.sleep(0.3)
+    assert processes(mark) == []
+    await run(code, LOCAL)
+    left = processes(mark)
+    assert len(left) == 1, "without bubblewrap it lives on"
+    os.kill(left[0], signal.SIGKILL)
+
+
+CALLS = {
+    "a user namespace": ("c.unshare(0x10000000)", True),
+    "mount": ("c.mount(b'none', b'/tmp', b'tmpfs', 0, None) if c.unshare(0x00020000) == 0 else -1", False),
+    "setuid": ("c.setuid(0)", False),
+    "raw sockets": ("-(c.socket(2, 3, 1) < 0)", False),
+    "ptrace": ("c.ptrace(16, {pid}, 0, 0)", False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_no_way_to_more_rights(name):
+    """By the C library, past what Python would check. `unsafe_local` shows that the call is the right one."""
+    call, anyone = CALLS[name]
+    traced = subprocess.Popen(["sleep", "60"])
+    try:
+        returned = call.format(pid=traced.pid)
+        code = f"import ctypes\nc = ctypes.CDLL(None)\nprint('reached' if ({returned}) == 0 else 'refused')"
+        assert (await run(code)).output == "refused\n"
+        if anyone or os.geteuid() == 0:
+            assert (await run(code, LOCAL)).output == "reached\n"
+    finally:
+        traced.kill()
+        traced.wait()
+
+
+async def test_programs_that_give_rights_give_none():
+    """setuid programs are there to be seen, and cannot raise anyone."""
+    code = "print([l for l in open('/proc/self/status') if l.startswith(('NoNewPrivs', 'CapEff', 'CapPrm', 'CapBnd'))])"
+    shown = (await run(code)).output
+    assert "NoNewPrivs:\\t1" in shown and shown.count("0000000000000000") == 3
+    assert "NoNewPrivs:\\t1" not in (await run(code, LOCAL)).output
+
+
+@pytest.mark.parametrize("folder", ["/", "/usr", "/dev", "/proc", "/usr/bin"])
+async def test_the_system_cannot_be_written_to(folder):
+    result = await run(f"open('{folder}/planted', 'w')")
+    assert not result.ok and not Path(folder, "planted").exists()
+
+
+async def test_what_one_call_writes_another_does_not_see():
+    assert (await run("open('/tmp/planted', 'w').write('x')")).ok
+    assert (await run("import os\nprint(os.listdir('/tmp'))")).output == "[]\n"
+    assert not Path("/tmp/planted").exists()
+
+
+# -- what a result says -----------------------------------------------------------------------------------------------
+
+
+async def test_bytes_that_are_no_text_come_back_as_text():
+    result = await run("import os\nos.write(1, b'a\\xff\\x00\\x1b[2Jz\\r\\n\\tb')")
+    assert result.output == "a�\\x00\\x1b[2Jz\n\tb"
+
+
+async def test_an_error_shows_the_codes_own_lines_and_no_others():
+    result = await run("def f():\n    return 1 / 0\nf()")
+    assert result.exit == 1 and result.limit is None
+    assert result.error.splitlines()[-1] == "ZeroDivisionError: division by zero"
+    assert "return 1 / 0" in result.error and "sandbox" not in result.error
+    assert (await run("x = (")).error.splitlines()[-1].startswith("SyntaxError")
+
+
+EXITS = {
+    "exit(3)": 3,
+    "raise SystemExit": 0,
+    "raise SystemExit('no')": 1,
+    "import os; os._exit(7)": 7,
+    "import os; os.abort()": None,
+}
+
+
+@pytest.mark.parametrize("code", EXITS)
+async def test_exit_statuses(code):
+    result = await run(code)
+    assert (result.exit, result.limit) == (EXITS[code], None)
+
+
+async def test_the_value_of_a_last_expression_is_shown_where_it_is_asked_for():
+    sandbox = Sandbox(SandboxConfig())
+    assert (await sandbox.run("x = 6\nx * 7", echo=True)).output == "42\n"
+    assert (await sandbox.run("x = 6\nx * 7")).output == ""
+    assert (await sandbox.run("None", echo=True)).output == ""
+
+
+async def test_faked_answers_neither_break_a_session_nor_leak_into_the_next_call():
+    """Code can say anything of itself: an answer that is none is a killed call, and one too many is not the next's."""
+    said = b'{"exit": 0, "limit": null}\n'
+    fakes = [said * 3, b"{}\n", b"garbage\n", said.replace(b"null", b'"made up"'), b"\xff" * 10]
+    find = "import os\nfor d in range(3, 20):\n    try: os.write(d, FAKE)\n    except OSError: pass\n"
+    async with Sandbox(SandboxConfig(wall_s=2)).session() as session:
+        for fake in fakes:
+            await session.run(f"FAKE = {fake!r}\n{find}raise SystemExit(5)")
+            await asyncio.sleep(0.05)
+            for value in (1, 2):
+                result = await session.run(f"print({value})")
+                assert result.output in (f"{value}\n", "") and isinstance(result.exit, int | None)
+        await session.close()
+        assert (await session.run("print(3)")).output == "3\n"
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_session_remembers_until_a_limit_ends_it():
+    before = descriptors()
+    async with Sandbox(SandboxConfig(wall_s=1)).session() as session:
+        assert (await session.run("x = 1\nopen('a', 'w').write('file')")).ok
+        assert (await session.run("x += 1\nprint(x, open('a').read())")).output == "2 file\n"
+        assert (await session.run("1 / 0")).exit == 1
+        assert (await session.run("print(x)")).output == "2\n", "an error ends nothing"
+        assert (await session.run("import time\ntime.sleep(9)")).limit == "wall"
+        assert not session.alive
+        assert "NameError" in (await session.run("print(x)")).error
+    assert descriptors() == before
+
+
+async def test_a_child_that_the_code_forks_does_not_answer_for_it():
+    async with Sandbox(SandboxConfig()).session() as session:
+        assert (await session.run("import os\nchild = os.fork()\nprint('x')")).exit == 0
+        for i in range(5):
+            assert (await session.run(f"print({i})")).output.splitlines()[-1] == str(i)
+
+
+async def test_one_that_is_stuck_delays_no_other():
+    sandbox = Sandbox(SandboxConfig(wall_s=3, parallel=4))
+    stuck = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(60)"))
+    await asyncio.sleep(0.2)
+    started = time.monotonic()
+    assert all(r.ok for r in await asyncio.gather(*(sandbox.run("print(1)") for _ in range(6))))
+    assert time.monotonic() - started < 2 and not stuck.done()
+    assert (await stuck).limit == "wall"
+
+
+async def test_a_call_that_is_cancelled_leaves_nothing():
+    before, mark = descriptors(), uuid.uuid4().hex
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])"
+    call = asyncio.ensure_future(Sandbox(SandboxConfig()).run(code))
+    await asyncio.sleep(0.5)
+    assert processes(mark)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.sleep(0.1)
+    assert descriptors() == before and not processes(mark)
+
+
+# -- where it cannot be made ------------------------------------------------------------------------------------------
+
+
+def test_without_bubblewrap_it_is_refused_and_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(rl.sandbox.shutil, "which", lambda name: None if name == "bwrap" else f"/usr/bin/{name}")
+    with pytest.raises(NoSandbox, match=r"bwrap, which is not here: .*apt-get install bubblewrap.*unsafe_local"):
+        Sandbox(SandboxConfig())
+    Sandbox(LOCAL)
+
+
+@pytest.mark.parametrize("settings", [{"python": "/no/python"}, {"read_only": ["/no/folder"]}])
+def test_settings_that_name_nothing_are_refused(settings):
+    with pytest.raises(NoSandbox, match="/no/"):
+        Sandbox(SandboxConfig(**settings))
+
+
+async def test_a_machine_that_starts_no_process_is_no_result(monkeypatch):
+    sandbox = Sandbox(SandboxConfig())
+    monkeypatch.setattr(rl.sandbox, "_command", lambda config, inside: ["/no/such/program"])
+    before = descriptors()
+    with pytest.raises(InfraError, match="no sandbox could be started"):
+        await sandbox.run("print(1)")
+    assert descriptors() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can try as another user")
+def test_as_another_user_too(tmp_path):
+    """The limits that root needs help with, by a user who is not root."""
+    for name in ("sandbox.py", "sandbox_guest.py", "config_base.py"):
+        shutil.copy(HERE.parent.parent.parent / "rl" / name, tmp_path)
+    text = (tmp_path / "sandbox.py").read_text()
+    text = text.replace("from rl.config_base import", "from config_base import")
+    text = text.replace("from rl.env import InfraError", "class InfraError(Exception): pass")
+    (tmp_path / "sandbox.py").write_text(text)
+    (tmp_path / "main.py").write_text(
+        "import asyncio, json\nfrom sandbox import *\n"
+        "codes = ['import os\\nwhile True: os.fork()', 'print(1)', 'import os\\nprint(os.getuid())']\n"
+        "async def main():\n    s = Sandbox(SandboxConfig(processes=8))\n"
+        "    print(json.dumps([[r.limit, r.output] for r in [await s.run(c) for c in codes]]))\n"
+        "asyncio.run(main())\n"
+    )
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups", sys.executable, str(tmp_path / "main.py")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if "Permission denied" in done.stderr:
+        pytest.skip("another user cannot reach this Python")
+    assert json.loads(done.stdout)[0][0] == "processes", done.stderr
+    assert [output for _, output in json.loads(done.stdout)[1:]] == ["1\n", "1234\n"]
+
+
+def test_threads_of_ours_may_make_sandboxes():
+    """A sandbox dies with the thread that started it: an event loop in a thread keeps its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(Sandbox(SandboxConfig()).run("print(1)"))))
+    thread.start()
+    thread.join()
+    assert found[0].output == "1\n"
