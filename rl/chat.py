@@ -8,6 +8,7 @@ prefix of its rendering of the longer one; `ChatCodec` proves it when it is made
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,8 @@ class ChatCodec:
         self._native_calls = self._shows_calls()
         suffix = self._after_reply([{"role": "user", "content": "go on"}])
         self.end_of_turn: int = self._encode(suffix)[0]
-        self._end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
-        if not suffix.startswith(self._end_text) or not self._is_special(self.end_of_turn):
+        self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
+        if not suffix.startswith(self.end_text) or not self._is_special(self.end_of_turn):
             raise TemplateError(
                 f"the template ends an assistant turn with {suffix[:20]!r}, which is not one special token of the "
                 "tokenizer: where a sampled turn ends cannot be told from its tokens"
@@ -78,7 +79,7 @@ class ChatCodec:
 
     def observation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids between the end-of-turn token of one assistant turn and the start of the next one."""
-        return self._encode(self._after_reply(messages)[len(self._end_text) :])
+        return self._encode(self._after_reply(messages)[len(self.end_text) :])
 
     def reply(self, message: Message) -> list[int]:
         """Token ids of an assistant message as a model would have sampled it, end-of-turn included."""
@@ -106,6 +107,14 @@ class ChatCodec:
         text = self._tokenizer.decode(ids, skip_special_tokens=False)
         calls, error = parse_calls(text)
         return Action(text, tuple(token_ids), calls, error, truncated)
+
+    def first(self, token_ids: Sequence[int], characters: int) -> int:
+        """How many of a turn's tokens hold its first `characters`: the last of them may hold more."""
+        return bisect_left(
+            range(len(token_ids)),
+            characters,
+            key=lambda count: len(self._tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False)),
+        )
 
     # -- the template --------------------------------------------------------------------------------------------
 

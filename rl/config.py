@@ -4,11 +4,12 @@ Imports no torch. rl/config_file.py reads YAML and dotted overrides into it and 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rl.config_base import Strict
+from rl.config_env import EnvConfig
 from rl.config_stage import PreferenceStage, RewardModelStage, RlStage, Stage
 
 Dtype = Literal["float32", "bfloat16"]
@@ -61,60 +62,6 @@ class ModelConfig(Strict):
         if (self.path is None) == (self.scratch is None):
             raise ValueError("give either `path` (a pretrained model) or `scratch` (a model made by the run)")
         return self
-
-
-class CalculatorConfig(Strict):
-    """Arithmetic with a calculator tool that takes one binary operation a call (rl/envs/calculator.py)."""
-
-    name: Literal["calculator"]
-    min_operations: PositiveInt = 2
-    max_operations: PositiveInt = 4
-    max_digits: PositiveInt = 4
-    operators: str = Field(default="+-", pattern=r"^[+\-*]+$")
-    max_turns: PositiveInt = 8
-    progress_reward: float = Field(default=0.0, ge=0)
-    """What a turn is given for the next right step and for the right answer. Small, so that only a right answer makes
-    reward.success_at."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "CalculatorConfig":
-        if self.min_operations > self.max_operations:
-            raise ValueError(f"min_operations {self.min_operations} is above max_operations {self.max_operations}")
-        return self
-
-
-class ReasoningGymConfig(Strict):
-    """Tasks of a reasoning-gym generator, with the calculator tool (rl/envs/reasoning.py)."""
-
-    name: Literal["reasoning_gym"]
-    dataset: str = "chain_sum"
-    settings: dict[str, Any] = Field(default_factory=dict)
-    tool: Literal["calculator", "none"] = "calculator"
-    max_turns: PositiveInt = 6
-
-
-class RowsConfig(Strict):
-    """Prompts of one's own, from JSONL or Parquet rows with `prompt` (text or messages) and `answer`."""
-
-    name: Literal["rows"]
-    prompts: str
-    held_out: str | None = None
-    tool: Literal["calculator", "none"] = "none"
-    max_turns: PositiveInt = 1
-
-
-class CustomEnvConfig(Strict):
-    """An environment class of one's own by dotted path; `args` is handed to it as it stands."""
-
-    name: Literal["custom"]
-    path: str
-    args: dict[str, Any] = Field(default_factory=dict)
-    max_turns: PositiveInt = 8
-
-
-EnvConfig = Annotated[
-    CalculatorConfig | ReasoningGymConfig | RowsConfig | CustomEnvConfig, Field(discriminator="name")
-]
 
 
 class RewardRule(Strict):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from rl.config import CustomEnvConfig, EnvConfig
+from rl.config_env import CustomEnvConfig, EnvConfig
 from rl.task import Task, TaskSource
 
 
@@ -87,8 +87,18 @@ class Demonstrator(Protocol):
         ...
 
 
+@runtime_checkable
+class CutsTurns(Protocol):
+    """An environment whose turns end where it says, whatever the model has said past that."""
+
+    def cut(self, text: str) -> int | None:
+        """How many characters of a turn count; None: all."""
+        ...
+
+
 _BUILT_IN = {
     "calculator": "rl.envs.calculator.Calculator",
+    "python": "rl.envs.python.Python",
     "reasoning_gym": "rl.envs.reasoning.ReasoningGym",
     "rows": "rl.envs.rows.Rows",
 }

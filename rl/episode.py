@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from rl.chat import ChatCodec
-from rl.env import Env, Message
-from rl.policy import Policy, Sampling
+from rl.env import CutsTurns, Env, Message
+from rl.policy import Completion, Policy, Sampling
 from rl.task import Task, derive_seed
 
 
@@ -144,6 +144,7 @@ async def run_episode(
                 seed=turn_seed, max_tokens=min(sampling.max_tokens, room), stop=(codec.end_of_turn, *sampling.stop)
             )
             completion = await policy.act(context, asked, identity.session)
+            completion = _cut(completion, env, codec)
             cut = completion.finish_reason == "length"
             ids = completion.token_ids
             ended = bool(ids) and ids[-1] == codec.end_of_turn  # another stop token does not close the turn
@@ -157,11 +158,11 @@ async def run_episode(
             step = await env.step(action)
             turn.reward = step.reward
             turn.flags = (*(["truncated"] if cut else []), *step.info.get("flags", ()))
+            turn.observation = step.observation.messages
             if step.done:
                 episode.stop_reason = StopReason.DONE
                 break
             seen = codec.observation(step.observation.messages)
-            turn.observation = step.observation.messages
             if len(context) + len(seen) >= limits.max_length:
                 episode.stop_reason = StopReason.MAX_TOKENS
                 break
@@ -175,6 +176,24 @@ async def run_episode(
         return episode
     finally:
         await env.close()
+
+
+def _cut(completion: Completion, env: Env, codec: ChatCodec) -> Completion:
+    """The tokens of a turn up to where the environment ends it."""
+    if not isinstance(env, CutsTurns):
+        return completion
+    text = codec.text(completion.token_ids, special=True).removesuffix(codec.end_text)
+    end = env.cut(text)
+    if end is None or not text[end:].strip():
+        return completion
+    count = codec.first(completion.token_ids, end)
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:count],
+        logprobs=completion.logprobs[:count],
+        versions=completion.versions[:count],
+        finish_reason="stop",
+    )
 
 
 def conditioned(messages: Sequence[Message], text: str | None) -> list[Message]:

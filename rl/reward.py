@@ -51,10 +51,13 @@ def math_answer(task: Task, episode: Episode) -> float:
 
     math-verify bounds its own time with an alarm signal, so this runs in a main thread only.
     """
+    return same_answer(task.answer, episode.final_text) if episode.stop_reason == StopReason.DONE else 0.0
+
+
+def same_answer(truth: str, answer: str) -> float:
+    """1 when the answer is the truth to the letter, or equals it as mathematics. In a main thread only: see above."""
     from math_verify import parse, verify
 
-    if episode.stop_reason != StopReason.DONE:
-        return 0.0
-    if episode.final_text.strip() == task.answer.strip():
+    if answer.strip() == truth.strip():
         return 1.0
-    return float(verify(parse(task.answer), parse(episode.final_text)))
+    return float(verify(parse(truth), parse(answer)))

@@ -24,9 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt
-
-from rl.config_base import Strict
+from rl.config_env import SandboxConfig
 from rl.env import InfraError
 
 Limit = Literal["wall", "cpu", "memory", "processes", "file_size", "open_files", "output"]
@@ -38,28 +36,6 @@ _INSTALL = (
     "own, say `unsafe_local` in the config"
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class SandboxConfig(Strict):
-    """wall_s and output_kib are of a call, cpu_s of each process in all its life, the rest of the sandbox.
-
-    memory_mib bounds the address space of each process: at most `processes` times as much in all. file_mib bounds each
-    file, and each of the two places that can be written to, /tmp and /dev/shm, which are memory.
-    """
-
-    backend: Literal["bubblewrap", "unsafe_local"] = "bubblewrap"
-    python: str = "/usr/bin/python3"
-    read_only: tuple[str, ...] = ()
-    """Further folders that the code may read, such as a virtual environment's."""
-    wall_s: PositiveFloat = 10.0
-    cpu_s: PositiveInt = 10
-    memory_mib: PositiveInt = 512
-    processes: PositiveInt = 16
-    file_mib: PositiveInt = 16
-    open_files: PositiveInt = 64
-    output_kib: PositiveInt = 64
-    parallel: PositiveInt = 8
-    """Stateless calls that run at the same time; others wait."""
 
 
 class NoSandbox(RuntimeError):
@@ -90,12 +66,12 @@ class Sandbox:
 
     async def run(self, code: str, echo: bool = False) -> Result:
         """In a process of its own."""
-        async with self._slots, self.session() as session:
+        async with self.session() as session:
             return await session.run(code, echo)
 
     def session(self) -> "Session":
         """For calls that see what the ones before have left. Its process starts with the first call."""
-        return Session(self.config)
+        return Session(self.config, self._slots)
 
 
 class Session:
@@ -104,8 +80,8 @@ class Session:
     After a call that ended the process, by a limit or of itself, the next begins in a new one that remembers nothing.
     """
 
-    def __init__(self, config: SandboxConfig):
-        self._config = config
+    def __init__(self, config: SandboxConfig, slots: asyncio.Semaphore):
+        self._config, self._slots = config, slots
         self._process: _Process | None = None
 
     async def __aenter__(self) -> "Session":
@@ -124,15 +100,16 @@ class Session:
 
         Raises InfraError when the sandbox could not be started.
         """
-        if self._process is None:
-            self._process = await _Process.start(self._config)
-        try:
-            result = await self._process.call(code, echo)
-        except BaseException:
-            await self.close()
-            raise
-        if self._process.ended:
-            await self.close()
+        async with self._slots:
+            if self._process is None:
+                self._process = await _Process.start(self._config)
+            try:
+                result = await self._process.call(code, echo)
+            except BaseException:
+                await self.close()
+                raise
+            if self._process.ended:
+                await self.close()
         return result
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rl.config import CalculatorConfig
+from rl.config_env import CalculatorConfig
 from rl.env import Action, Message, Observation, Step
 from rl.task import Task, derive_seed, held_out
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from rl.config import ReasoningGymConfig
+from rl.config_env import ReasoningGymConfig
 from rl.env import Message
 from rl.envs.calculator import Expression, calculate
 from rl.envs.rows import Question, check_turns
@@ -45,7 +45,7 @@ class ReasoningGymTasks:
     def __init__(self, config: ReasoningGymConfig, seed: int):
         check(config)
         self._config, self._seed = config, seed
-        entries = [self._entry("train", index) for index in range(_PROBES)]
+        entries = [self.entry("train", index) for index in range(_PROBES)]
         self.arithmetic = all(expression_of(e) is not None for e in entries)
         kind = "number" if all(_is_number(e["answer"]) for e in entries) else "answer"
         how = "Use the calculator for every step. " if config.tool == "calculator" else ""
@@ -55,8 +55,7 @@ class ReasoningGymTasks:
         return None
 
     def task(self, split: str, index: int) -> Task:
-        entry = self._entry(split, index)
-        digest = hashlib.blake2b(entry["question"].encode(), digest_size=8).hexdigest()
+        entry = self.entry(split, index)
         prompt = {
             "prompt": [{"role": "system", "content": self._system}, {"role": "user", "content": entry["question"]}],
             "dataset": self._config.dataset,
@@ -65,9 +64,10 @@ class ReasoningGymTasks:
         }
         # Some generators only check answers and know none.
         answer = "" if entry["answer"] is None else str(entry["answer"])
-        return Task(id=f"{self._config.dataset}:{digest}", prompt=prompt, answer=answer)
+        return Task(id=entry_id(self._config.dataset, entry), prompt=prompt, answer=answer)
 
-    def _entry(self, split: str, index: int) -> dict[str, Any]:
+    def entry(self, split: str, index: int) -> dict[str, Any]:
+        """A generator's item of a split, by index."""
         block, place = divmod(index, _BLOCK)
         for round_ in range(_ROUNDS):
             seed = derive_seed("reasoning_gym", self._seed, split, block, round_)
@@ -106,6 +106,11 @@ class ArithmeticTasks(ReasoningGymTasks):
         yield {"role": "assistant", "content": task.answer}
 
 
+def entry_id(dataset: str, entry: Mapping[str, Any]) -> str:
+    digest = hashlib.blake2b(entry["question"].encode(), digest_size=8).hexdigest()
+    return f"{dataset}:{digest}"
+
+
 def tasks(config: ReasoningGymConfig, seed: int) -> ReasoningGymTasks:
     """The tasks of a generator, with demonstrations where they can be made."""
     found = ReasoningGymTasks(config, seed)
@@ -128,7 +133,12 @@ def own_scorer(task: Task, episode: Episode) -> float:
     """
     if episode.stop_reason != StopReason.DONE:
         return 0.0
-    entry, answer = task.prompt["entry"], episode.final_text.strip()
+    return score(task, episode.final_text)
+
+
+def score(task: Task, answer: str) -> float:
+    """The same of an answer. Raises what the scorer raises on the ground truth: then it is the scorer that fails."""
+    entry, answer = task.prompt["entry"], answer.strip()
     if _is_number(entry["answer"]):
         numbers = re.findall(_NUMBER, answer.replace("\N{MINUS SIGN}", "-"))
         if not numbers:
@@ -138,7 +148,9 @@ def own_scorer(task: Task, episode: Episode) -> float:
     try:
         return float(dataset.score_answer(answer, entry))
     except Exception:
-        # A hundred parsers of free text: whatever one of them cannot read is not an answer.
+        # A hundred parsers of free text: what one of them cannot read, but the truth it can, is not an answer.
+        if entry["answer"] is not None:
+            dataset.score_answer(entry["answer"], entry)
         return 0.0
 
 

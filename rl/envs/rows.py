@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rl.config import ReasoningGymConfig, RowsConfig
+from rl.config_env import ReasoningGymConfig, RowsConfig
 from rl.demonstration import read_rows
 from rl.env import Action, Message, Observation, Step
 from rl.envs.calculator import TOOL, answer_call

@@ -4,7 +4,7 @@ import asyncio
 import random
 from typing import Any
 
-from rl.config import CalculatorConfig
+from rl.config_env import CalculatorConfig
 from rl.env import Action, Step
 from rl.envs.calculator import Calculator, CalculatorTasks
 

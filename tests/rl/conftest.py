@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rl.chat import ChatCodec
-from rl.config import CalculatorConfig
+from rl.config_env import CalculatorConfig
 from rl.env import World
 from rl.pretrained import _train_tokenizer
 from rl.trajectory import Trajectory

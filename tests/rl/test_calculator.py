@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rl.chat import parse_calls
-from rl.config import CalculatorConfig
+from rl.config_env import CalculatorConfig
 from rl.env import Action, World
 from rl.envs.calculator import Calculator, CalculatorError, Expression, calculate, last_integer
 from rl.episode import Identity, Limits, StopReason, run_episode

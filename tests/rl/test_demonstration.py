@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rl.config import CalculatorConfig
+from rl.config_env import CalculatorConfig
 from rl.demonstration import demonstrate, draw_batch, encode_messages, encode_pairs, encode_rows, read_rows
 from rl.env import World
 from rl.envs.calculator import TOOL, answer_call

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rl.config import ReasoningGymConfig
+from rl.config_env import ReasoningGymConfig
 from rl.demonstration import demonstrate
 from rl.env import Demonstrator, World
 from rl.envs.reasoning import expression_of, own_scorer

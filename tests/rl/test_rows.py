@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rl.config import RowsConfig
+from rl.config_env import RowsConfig
 from rl.env import World
 from rl.episode import Identity, Limits, StopReason, run_episode
 from rl.policy import Sampling, ScriptedPolicy

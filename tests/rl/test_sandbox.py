@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 import rl.sandbox
+from rl.config_env import SandboxConfig
 from rl.env import InfraError
-from rl.sandbox import NoSandbox, Sandbox, SandboxConfig
+from rl.sandbox import NoSandbox, Sandbox
 
 SAFE = SandboxConfig()
 LOCAL = SandboxConfig(backend="unsafe_local")
@@ -84,12 +85,12 @@ BOMBS = {
         "wall", {"wall_s": 0.7}, {"wall_s": 20},
     ),
     "output flood": (
-        "import sys\nfor i in range(300): print('x' * 1000)\nprint('reached')", "output",
-        {"output_kib": 64}, {"output_kib": 1024},
+        "import sys\nfor i in range(3000): print('x' * 1000)\nprint('reached')", "output",
+        {"output_kib": 64}, {"output_kib": 4096},
     ),
     "flood of errors": (
-        "import sys\nfor i in range(300): print('x' * 1000, file=sys.stderr)\nprint('reached')", "output",
-        {"output_kib": 64}, {"output_kib": 1024},
+        "import sys\nfor i in range(3000): print('x' * 1000, file=sys.stderr)\nprint('reached')", "output",
+        {"output_kib": 64}, {"output_kib": 4096},
     ),
     "one large file": (
         "with open('/tmp/a', 'wb') as f:\n    for i in range(24): f.write(bytes(2**20))\nprint('reached')", "file_size",
@@ -417,12 +418,14 @@ async def test_a_machine_that_starts_no_process_is_no_result(monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try as another user")
 def test_as_another_user_too(tmp_path):
     """The limits that root needs help with, by a user who is not root."""
-    for name in ("sandbox.py", "sandbox_guest.py", "config_base.py"):
+    for name in ("sandbox.py", "sandbox_guest.py", "config_base.py", "config_env.py"):
         shutil.copy(HERE.parent.parent.parent / "rl" / name, tmp_path)
     text = (tmp_path / "sandbox.py").read_text()
-    text = text.replace("from rl.config_base import", "from config_base import")
+    text = text.replace("from rl.config_env import", "from config_env import")
     text = text.replace("from rl.env import InfraError", "class InfraError(Exception): pass")
     (tmp_path / "sandbox.py").write_text(text)
+    text = (tmp_path / "config_env.py").read_text()
+    (tmp_path / "config_env.py").write_text(text.replace("from rl.config_base import", "from config_base import"))
     (tmp_path / "main.py").write_text(
         "import asyncio, json\nfrom sandbox import *\n"
         "codes = ['import os\\nwhile True: os.fork()', 'print(1)', 'import os\\nprint(os.getuid())']\n"

@@ -1,0 +1,313 @@
+"""Questions answered with the help of Python: the model writes code, sees what it printed, and goes on.
+
+    turn ──► style: code? answer? neither? ──► sandbox ──► observation ──► next turn
+                     └── answer ──► done; tags: right? else told so, while chances are left
+
+Three styles (`PythonConfig.style`): fenced blocks, MINT's tags, tool calls. A turn ends with its first piece of code or
+answer: what the model says past it, before it has seen what the code does, is dropped (`Python.cut`).
+"""
+
+import asyncio
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from rl.config_env import DatasetConfig, PythonConfig, ReasoningGymConfig, RowsConfig, SandboxConfig
+from rl.env import Action, Message, Observation, Step
+from rl.envs import reasoning
+from rl.envs.rows import RowsTasks
+from rl.episode import Episode, StopReason
+from rl.reward import same_answer
+from rl.sandbox import NoSandbox, Result, Sandbox, Session
+from rl.task import Task, derive_seed
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "description": "Runs Python code and returns what it prints.",
+        "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
+    },
+}
+_LIMITS = {
+    "wall": "it took too long",
+    "cpu": "it took too much processor time",
+    "memory": "it took too much memory",
+    "processes": "it started too many processes or threads",
+    "file_size": "it wrote too much to files",
+    "open_files": "it opened too many files",
+    "output": "it printed too much",
+}
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a turn does: one of code and answer, or neither. end: how many of its characters that takes."""
+
+    code: str | None = None
+    answer: str | None = None
+    end: int | None = None
+    error: str | None = None
+
+
+class Style(Protocol):
+    system: str
+
+    def move(self, action: Action) -> Move: ...
+
+    def shown(self, text: str) -> Message:
+        """What a turn is answered with."""
+        ...
+
+
+class Fenced:
+    system = (
+        "Answer the question. You may run Python: write it in a ```python block and stop; what it prints is shown to "
+        "you. Put the final answer in \\boxed{}."
+    )
+    _code = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+    def move(self, action: Action) -> Move:
+        code, answer = self._code.search(action.text), boxed(action.text)
+        if code is not None and (answer is None or code.start() < answer[1]):
+            return Move(code=code[1], end=code.end())
+        return Move(answer=answer[0], end=answer[1]) if answer is not None else Move()
+
+    def shown(self, text: str) -> Message:
+        return {"role": "user", "content": f"Code execution result: {text}"}
+
+
+class Tags:
+    system = (
+        "Answer the question step by step. In each turn write your thought in <thought></thought>, and then either "
+        "Python in <execute></execute>, which is run and whose output is shown to you, or your answer in "
+        "<solution></solution>."
+    )
+    invalid = (
+        "I don't understand your input. To run Python, write it in <execute></execute>; to answer, write the answer in "
+        "<solution></solution>."
+    )
+    _either = re.compile(r"<(execute|solution)>(.*?)</\1>", re.DOTALL)
+
+    def move(self, action: Action) -> Move:
+        found = self._either.search(action.text)
+        if found is None:
+            return Move(error=self.invalid)
+        if found[1] == "execute":
+            return Move(code=found[2].strip("\n"), end=found.end())
+        return Move(answer=found[2].strip(), end=found.end())
+
+    def shown(self, text: str) -> Message:
+        return {"role": "user", "content": f"Observation:\n{text}"}
+
+
+class ToolCalls:
+    system = "Answer the question. Use the tool where it helps. End with only the final answer."
+
+    def move(self, action: Action) -> Move:
+        if action.error is not None:
+            return Move(error=f"error: {action.error}")
+        if not action.tool_calls:
+            return Move(answer=action.text.strip())
+        if len(action.tool_calls) != 1:
+            return Move(error="error: one call a turn")
+        call = action.tool_calls[0]
+        if call.name != "python":
+            return Move(error=f"error: no tool {call.name}")
+        code = call.arguments.get("code")
+        if set(call.arguments) != {"code"} or not isinstance(code, str):
+            return Move(error="error: a call takes code, a text")
+        return Move(code=code)
+
+    def shown(self, text: str) -> Message:
+        return {"role": "tool", "content": text}
+
+
+_STYLES: dict[str, type[Style]] = {"fenced": Fenced, "tags": Tags, "tool": ToolCalls}
+
+
+def boxed(text: str) -> tuple[str, int] | None:
+    """The first answer in \\boxed{} or <<< >>>, and where it ends."""
+    found = re.search(r"\\boxed\{|<<<(.*?)>>>", text, re.DOTALL)
+    if found is None:
+        return None
+    if found[1] is not None:
+        return found[1].strip(), found.end()
+    depth = 1
+    for i in range(found.end(), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[found.end() : i].strip(), i + 1
+    return None
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+class MixTasks:
+    """reasoning-gym generators in proportion to their weights. Which one an index belongs to follows from the seed."""
+
+    def __init__(self, datasets: tuple[DatasetConfig, ...], seed: int):
+        configs = [
+            ReasoningGymConfig(name="reasoning_gym", dataset=d.dataset, settings=d.settings, tool="none", max_turns=1)
+            for d in datasets
+        ]
+        self._seed, self._configs = seed, configs
+        self._sources = [reasoning.ReasoningGymTasks(config, seed) for config in configs]
+        self._weights = [d.weight for d in datasets]
+
+    def size(self, split: str) -> None:
+        return None
+
+    def task(self, split: str, index: int) -> Task:
+        rng = random.Random(derive_seed("python_mix", self._seed, split, index))
+        which = rng.choices(range(len(self._sources)), self._weights)[0]
+        config, entry = self._configs[which], self._sources[which].entry(split, index)
+        question = {"role": "user", "content": entry["question"]}
+        prompt = {"prompt": [question], "dataset": config.dataset, "settings": config.settings, "entry": entry}
+        answer = "" if entry["answer"] is None else str(entry["answer"])
+        return Task(id=reasoning.entry_id(config.dataset, entry), prompt=prompt, answer=answer)
+
+
+def tasks(config: PythonConfig, seed: int) -> "MixTasks | RowsTasks":
+    """Raises ValueError on what cannot be played, NoSandbox's text among it: at the start, not in the first episode."""
+    try:
+        Sandbox(config.sandbox)
+    except NoSandbox as error:
+        raise ValueError(f"env.sandbox: {error}") from None
+    if config.prompts is not None:
+        return RowsTasks(RowsConfig(name="rows", prompts=config.prompts, held_out=config.held_out), seed)
+    return MixTasks(config.datasets, seed)
+
+
+def right(task: Task, answer: str) -> float:
+    """What an answer is worth, in [0, 1]: by the generator's own scorer, or by math-verify for rows."""
+    return reasoning.score(task, answer) if "entry" in task.prompt else same_answer(task.answer, answer)
+
+
+def final_answer(episode: Episode) -> str | None:
+    """The answer that ended the episode: in its last turn, or in what that turn's code printed."""
+    if episode.stop_reason != StopReason.DONE or not episode.turns:
+        return None
+    last = episode.turns[-1]
+    action = Action(last.text)
+    for move in (Tags().move(action), Fenced().move(action)):
+        if move.answer is not None:
+            return move.answer
+        if move.code is not None:
+            printed = [boxed(str(m["content"])) for m in last.observation]
+            return next((answer[0] for answer in printed if answer is not None), None)
+    return None if "void" in last.flags else last.text.strip()
+
+
+def own_answer(task: Task, episode: Episode) -> float:
+    """What the answer that ended the episode is worth; 0 without one. Raises where the scorer itself fails."""
+    answer = final_answer(episode)
+    return right(task, answer) if answer is not None else 0.0
+
+
+# -- the environment --------------------------------------------------------------------------------------------------
+
+
+class Python:
+    """One episode. Flags of a turn: `void` (neither code nor answer), `tool_error` (the code failed, or none could be
+    read). Raises InfraError where the sandbox cannot be started.
+    """
+
+    reward = "rl.envs.python.own_answer"
+    tasks = staticmethod(tasks)
+
+    def __init__(self, config: PythonConfig):
+        self._config = config
+        self._style = _STYLES[config.style]()
+        self._session: Session | None = None
+        self._calls = self._solutions = self._turns = 0
+
+    async def reset(self, task: Task) -> Observation:
+        self._task = task
+        system = self._config.system or self._style.system
+        first, *rest = task.prompt["prompt"]
+        if first["role"] == "system":
+            system, first = f"{first['content']}\n\n{system}", None
+        messages = [{"role": "system", "content": system}, *([first] if first else []), *rest]
+        return Observation(messages, [TOOL] if self._config.style == "tool" else [])
+
+    def cut(self, text: str) -> int | None:
+        return self._style.move(Action(text)).end if self._config.style != "tool" else None
+
+    async def step(self, action: Action) -> Step:
+        self._turns += 1
+        move = self._style.move(action)
+        if move.answer is not None:
+            return await self._answered(move.answer)
+        if move.code is not None:
+            return await self._run(move.code)
+        if move.error is not None:
+            return self._shown(move.error, ["tool_error"] if self._config.style == "tool" else ["void"])
+        if self._config.void_turn == "stop":
+            return Step(Observation([]), done=True, info={"flags": ["void"]})
+        return self._shown("none. Write code in a ```python block, or the answer in \\boxed{}.", ["void"])
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _run(self, code: str) -> Step:
+        limit = self._config.max_calls
+        if limit is not None and self._calls >= limit:
+            return self._shown(f"not run: the {limit} calls are used up. Answer now.", ["tool_error"])
+        self._calls += 1
+        if self._session is None:
+            self._session = _sandbox(self._config.sandbox.model_dump_json(), asyncio.get_running_loop()).session()
+        result = await self._session.run(code, echo=self._config.style == "tags")
+        if not self._config.stateful:
+            await self._session.close()
+        flags = [] if result.ok else ["tool_error"]
+        if self._config.answer_in_output and boxed(result.output) is not None:
+            seen = self._style.shown(result.output)
+            return Step(Observation([seen]), done=True, info={"flags": flags})
+        return self._shown(said(result, self._config), flags)
+
+    async def _answered(self, answer: str) -> Step:
+        self._solutions += 1
+        void = ["void"] if not answer else []
+        if self._config.style != "tags" or self._solutions >= self._config.max_solutions:
+            return Step(Observation([]), done=True, info={"flags": void})
+        if right(self._task, answer) >= 1:
+            return Step(Observation([]), done=True)
+        return self._shown("Your answer is wrong.", void)
+
+    def _shown(self, text: str, flags: list[str]) -> Step:
+        if self._config.style == "tags":
+            steps, chances = self._config.max_turns - self._turns, self._config.max_solutions - self._solutions
+            text += f"\nYou have {steps} steps left and {chances} chances to propose a solution left."
+        return Step(Observation([self._style.shown(text)]), info={"flags": flags})
+
+
+@lru_cache(maxsize=4)
+def _sandbox(config: str, loop: asyncio.AbstractEventLoop) -> Sandbox:
+    """One for all episodes of a process: they share its slots."""
+    return Sandbox(SandboxConfig.model_validate_json(config))
+
+
+def said(result: Result, config: PythonConfig) -> str:
+    """A result as the model sees it: the output, cut in its middle, then what went wrong."""
+    output, error = result.output.strip("\n"), result.error.strip("\n")
+    if config.errors == "last_line" and error:
+        error = error.splitlines()[-1]
+    parts = [shortened(part, config.output_chars) for part in (output, error) if part]
+    if result.limit is not None and result.exit is None:
+        parts.append(f"The code was stopped: {_LIMITS[result.limit]}.")
+    elif result.exit is None:
+        parts.append("The code was killed.")
+    return "\n".join(parts) or "[Executed Successfully with No Output]"
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning and the end of a text, `most` characters of it."""
+    if len(text) <= most:
+        return text
+    head = most - most // 2
+    return f"{text[:head]}\n[{len(text) - most} characters left out]\n{text[len(text) - most // 2 :]}"
