@@ -5,7 +5,7 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from actors.buffer import Played
+from actors.buffer import Group, Played
 from rl import checkpoint
 from rl.config_stage import EvalStage, PreferenceStage, RewardModelStage, RlStage, SftStage
 from rl.episode import GroupRequest
@@ -25,10 +25,11 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
     tasks = _tasks(run, stage)
     reports = []
     for name, temperature in [("sampled", stage.temperature), *([("greedy", 0.0)] if stage.greedy else [])]:
-        requests = [GroupRequest(index, 0, task, 1, condition=stage.condition) for task in tasks]
+        samples = stage.samples if name == "sampled" else 1
+        requests = [GroupRequest(index, 0, task, samples, condition=stage.condition) for task in tasks]
         played = await run.play(requests, temperature, stage.top_p)
         path = run.folder / "trajectories" / f"eval-{index:02d}-{name}.parquet"
-        await run.company.buffer.write.remote(str(path), played.groups, [[0.0] for _ in played.groups])
+        await run.company.buffer.write.remote(str(path), played.groups, [[0.0] * len(g.scores) for g in played.groups])
         reports.append(_report(run, played))
     line = {**_where(run, index, stage, trained), **asdict(reports[0])}
     line["success_greedy"] = reports[1].success if stage.greedy else None
@@ -104,5 +105,19 @@ def _where(run: "Controller", index: int, stage: EvalStage, trained: Trained | N
 def _report(run: "Controller", played: Played) -> Report:
     if not played.groups:
         raise ValueError(f"every task of the evaluation failed; the last one: {played.dropped[-1].cause}")
-    outcomes = [Outcome(g.scores[0].success, g.summaries[0].turns, g.scores[0].total) for g in played.groups]
-    return report(outcomes, run.config.env.max_turns)
+    return report([_outcomes(group) for group in played.groups], run.config.env.max_turns)
+
+
+def _outcomes(group: Group) -> list[Outcome]:
+    return [
+        Outcome(
+            score.success,
+            summary.turns,
+            score.total,
+            summary.sampled_tokens,
+            summary.flags.count("tool_error"),
+            "truncated" in summary.flags,
+            summary.duration_s,
+        )
+        for score, summary in zip(group.scores, group.summaries, strict=True)
+    ]

@@ -44,7 +44,8 @@ def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
     """base, SFT, RL: one row an evaluation."""
     table = Table(title="held-out tasks" if all(e["split"] == "held_out" for e in evaluations) else "evaluations")
     table.add_column("after")
-    for column in ("step", "tasks", "success (sampled)", "success (greedy)", "mean turns"):
+    success = ("success (sampled)", "95 %", "success (greedy)")
+    for column in ("step", "tasks", *success, "mean turns", "tokens", "tool errors"):
         table.add_column(column, justify="right")
     for e in evaluations:
         greedy = "" if e["success_greedy"] is None else f"{e['success_greedy']:.3f}"
@@ -53,8 +54,11 @@ def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
             str(e["step"]),
             str(e["n"]),
             f"{e['success']:.3f}",
+            f"{e['success_low']:.3f}-{e['success_high']:.3f}",
             greedy,
             f"{e['mean_turns']:.2f}",
+            f"{e['mean_tokens']:.0f}",
+            f"{e['tool_errors']:.1%}",
         )
     return table
 

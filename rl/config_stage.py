@@ -230,6 +230,8 @@ class RewardModelStage(PairStage):
 class EvalStage(Strict):
     kind: Literal["eval"]
     n: PositiveInt = 200
+    samples: PositiveInt = 1
+    """Sampled episodes a task: pass@k for k up to as many. The greedy one is one."""
     temperature: float = Field(default=1.0, gt=0)
     greedy: bool = True
     top_p: float = Field(default=1.0, gt=0, le=1)

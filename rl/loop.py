@@ -157,7 +157,7 @@ class Loop:
             identities = [(t, Identity(index, 0, t.id)) for t in tasks]
             episodes = asyncio.run(self.play(identities, self.sampling(temperature)))
             scores = [self.score(e) for e in episodes]
-            outcomes = [Outcome(s.success, len(e.turns), s.total) for e, s in zip(episodes, scores, strict=True)]
+            outcomes = [[Outcome(s.success, len(e.turns), s.total)] for e, s in zip(episodes, scores, strict=True)]
             self.reports.append(report(outcomes, self.limits.max_turns))
 
     async def play(self, wanted: list[tuple[Task, Identity]], sampling: Sampling) -> list[Episode]:
