@@ -78,7 +78,8 @@ class Company:
         when it was made there.
         """
         c = self.config
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Not soft: Ray puts an actor elsewhere already when this node's next worker process is slow to come.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         free = {
             "num_cpus": 0,
             "max_concurrency": _MANY_CALLS,

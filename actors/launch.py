@@ -130,7 +130,7 @@ def _watch(controller: Any, finished: Any, folder: Path, display: Any, wish: _St
 
 
 def _start_controller(config: Config, folder: Path, device: str, resume: bool, before: str) -> tuple[Any, Any]:
-    """On this node, if it has room. before: why there was another before."""
+    """On this node. before: why there was another before."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -139,7 +139,7 @@ def _start_controller(config: Config, folder: Path, device: str, resume: bool, b
     from actors.role import bound_threads, remote_class
 
     environment = {**bound_threads(1), "WANDB_SILENT": "true", **inherited()}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = remote_class(Controller).options(
         num_cpus=0, max_concurrency=100, scheduling_strategy=here, runtime_env={"env_vars": environment}
     )

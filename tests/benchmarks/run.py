@@ -2,6 +2,7 @@
 
 Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
     python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async] [overhead] [sticky] [changes]
+        [sandbox]
 """
 
 import json
@@ -167,6 +168,16 @@ def overhead_rows() -> list[Row]:
     ]
 
 
+def sandbox_rows() -> list[Row]:
+    """Shutting a model's code in."""
+    told = script("sandbox.py")
+    return [
+        ("sandbox: stateless runs a second", told["stateless_per_s"], ">= 40"),
+        ("sandbox: ms that a stateful call takes over its code", told["call_ms"], "<= 5"),
+        ("sandbox: MiB of 200 sessions at once", told["memory_mib"], "<= 2048"),
+    ]
+
+
 def sticky_rows() -> list[Row]:
     """Sessions of many turns on two generators: each on its own, and each turn on any."""
     told = script("sticky.py")
@@ -203,7 +214,9 @@ def holds(figure: float, bound: str) -> bool | None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["quickstart", "smollm2", "trl", "learner", "async", "overhead", "sticky", "changes"]
+    wanted = sys.argv[1:] or [
+        "quickstart", "smollm2", "trl", "learner", "async", "overhead", "sticky", "changes", "sandbox",
+    ]  # fmt: skip
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if "quickstart" in wanted:
@@ -224,6 +237,8 @@ def main() -> None:
             rows += sticky_rows()
         if "changes" in wanted:
             rows += changes_rows(Path(folder) / "c")
+        if "sandbox" in wanted:
+            rows += sandbox_rows()
     table = Table("figure", "measured", "bound", "")
     for what, figure, bound in rows:
         table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])

@@ -197,19 +197,21 @@ async def test_no_home_no_environment_and_no_other_process_is_seen(monkeypatch):
     time.sleep(0.3)
     try:
         code = (
-            f"import glob, os\nprint(dict(os.environ))\nprint(os.path.exists({str(Path.home())!r}))\n"
+            "import glob, os\nfound = []\n"
             "for p in glob.glob('/proc/[0-9]*/environ'):\n"
-            "    try: print(open(p, 'rb').read())\n    except OSError: pass\n"
-            "print(sorted(glob.glob('/proc/[0-9]*')))"
+            f"    try: found += [p] * (b'{secret}' in open(p, 'rb').read())\n    except OSError: pass\n"
+            "print(dict(os.environ))\nprint(found)\n"
+            f"print([os.path.exists(p) for p in ({str(Path.home())!r}, '/proc/{holder.pid}')])\n"
+            "print(len(glob.glob('/proc/[0-9]*')))"
         )
-        inside, outside = await run(code), await run(code, LOCAL)
+        inside, outside = (result.output.splitlines() for result in [await run(code), await run(code, LOCAL)])
     finally:
         holder.kill()
         holder.wait()
-    assert secret not in inside.output and secret in outside.output
-    assert "False" in inside.output and "True" in outside.output
-    assert f"/proc/{holder.pid}'" in outside.output
-    assert len(inside.output.splitlines()[-1].split(",")) <= 3, "its own and bubblewrap's"
+    assert eval(inside[0]) == {"HOME": "/tmp", "LC_CTYPE": "C.UTF-8", "PATH": "/usr/bin", "PWD": "/tmp"}
+    assert inside[1:3] == ["[]", "[False, False]"]
+    assert int(inside[3]) <= 3, "its own processes and bubblewrap's"
+    assert f"/proc/{holder.pid}/environ" in outside[1] and outside[2] == "[True, True]"
 
 
 async def test_no_process_of_ours_is_killed():
