@@ -11,7 +11,6 @@ A result is what the code said: its output, error and status are the code's own 
 """
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -154,7 +153,8 @@ class _Process:
     async def call(self, code: str, echo: bool) -> Result:
         pipes, limit = self._pipes, None
         pipes.begin()
-        line = json.dumps({"code": code, "echo": echo}).encode() + b"\n"
+        text = code.encode("utf-8", "replace")
+        line = f"{echo:d} {len(text)}\n".encode() + text
         try:
             async with asyncio.timeout(self._config.wall_s):
                 await asyncio.gather(pipes.send(line), pipes.event.wait())
@@ -211,6 +211,7 @@ class _Pipes:
         for descriptor in (self._commands, *self._ours.values()):
             os.set_blocking(descriptor, False)
         self._loop = asyncio.get_running_loop()
+        self._got: dict[str, bytearray] = {}
         self.begin()
 
     def started(self) -> None:
@@ -222,7 +223,9 @@ class _Pipes:
             self._loop.add_reader(self._ours[name], self._read, name)
 
     def begin(self) -> None:
-        """A call: what comes from now on is its own."""
+        """A call: what comes from now on is its own. An answer that code has made up before is not."""
+        while "answers" in self._ours and self._got and self._read("answers"):
+            self._got["answers"].clear()
         self._got = {"output": bytearray(), "error": bytearray(), "answers": bytearray()}
         self.flooded = False
         self.event = asyncio.Event()
@@ -258,14 +261,11 @@ class _Pipes:
 
     def answer(self) -> tuple[int, Limit | None] | None:
         """What the process says of the call; None where it says nothing of the kind."""
-        line, newline, _ = bytes(self._got["answers"]).partition(b"\n")
-        try:
-            told: Any = json.loads(line) if newline else None
-            status, limit = told["exit"], told["limit"]
-        except (TypeError, KeyError, ValueError):
+        found = re.fullmatch(rb"(-?\d{1,9}) (-|memory|processes|file_size|open_files)\n", self._got["answers"])
+        if found is None:
             return None
-        known = limit is None or limit in ("memory", "processes", "file_size", "open_files")
-        return (status, limit) if type(status) is int and known else None
+        limit: Any = found[2].decode()
+        return int(found[1]), None if limit == "-" else limit
 
     def text(self) -> tuple[str, str]:
         """Output and error, all that was written before the answer."""
@@ -311,7 +311,8 @@ def _command(config: SandboxConfig, inside: Sequence[int]) -> list[str]:
         "RLIMIT_NOFILE": config.open_files,
         "RLIMIT_CORE": 0,
     }
-    guest = [config.python, "-I", "-X", "utf8", "-c", _GUEST, *map(str, inside), json.dumps(limits)]
+    limit = ",".join(f"{name}={value}" for name, value in limits.items())
+    guest = [config.python, "-I", "-S", "-X", "utf8", "-c", _GUEST, *map(str, inside), limit]
     if config.backend == "unsafe_local":
         return guest
     size = str(config.file_mib * megabyte)
