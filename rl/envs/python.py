@@ -10,6 +10,7 @@ answer: what the model says past it, before it has seen what the code does, is d
 import asyncio
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -17,6 +18,7 @@ from typing import Protocol
 from rl.config_env import DatasetConfig, PythonConfig, ReasoningGymConfig, RowsConfig, SandboxConfig
 from rl.env import Action, Message, Observation, Step
 from rl.envs import reasoning
+from rl.envs.python_solutions import SOLUTIONS
 from rl.envs.rows import RowsTasks
 from rl.episode import Episode, StopReason
 from rl.reward import same_answer
@@ -61,6 +63,16 @@ class Style(Protocol):
         """What a turn is answered with."""
         ...
 
+    def runs(self, code: str) -> Message:
+        """A turn that runs this."""
+        ...
+
+    def answers(self, answer: str) -> Message: ...
+
+
+def _says(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
 
 class Fenced:
     system = (
@@ -77,6 +89,12 @@ class Fenced:
 
     def shown(self, text: str) -> Message:
         return {"role": "user", "content": f"Code execution result: {text}"}
+
+    def runs(self, code: str) -> Message:
+        return _says(f"```python\n{code}\n```")
+
+    def answers(self, answer: str) -> Message:
+        return _says(f"\\boxed{{{answer}}}")
 
 
 class Tags:
@@ -102,6 +120,12 @@ class Tags:
     def shown(self, text: str) -> Message:
         return {"role": "user", "content": f"Observation:\n{text}"}
 
+    def runs(self, code: str) -> Message:
+        return _says(f"<thought>Python can tell.</thought>\n<execute>\n{code}\n</execute>")
+
+    def answers(self, answer: str) -> Message:
+        return _says(f"<thought>That is the answer.</thought>\n<solution>{answer}</solution>")
+
 
 class ToolCalls:
     system = "Answer the question. Use the tool where it helps. End with only the final answer."
@@ -123,6 +147,13 @@ class ToolCalls:
 
     def shown(self, text: str) -> Message:
         return {"role": "tool", "content": text}
+
+    def runs(self, code: str) -> Message:
+        call = {"name": "python", "arguments": {"code": code}}
+        return {**_says(""), "tool_calls": [{"type": "function", "function": call}]}
+
+    def answers(self, answer: str) -> Message:
+        return _says(answer)
 
 
 _STYLES: dict[str, type[Style]] = {"fenced": Fenced, "tags": Tags, "tool": ToolCalls}
@@ -171,6 +202,24 @@ class MixTasks:
         return Task(id=reasoning.entry_id(config.dataset, entry), prompt=prompt, answer=answer)
 
 
+class DemonstratedMix(MixTasks):
+    """A mix whose generators are all in rl/envs/python_solutions.py."""
+
+    def __init__(self, config: PythonConfig, seed: int):
+        super().__init__(config.datasets, seed)
+        self._style = _STYLES[config.style]()
+        self._guesses = config.max_solutions if config.style == "tags" else 1
+
+    def demonstrate(self, task: Task, rng: random.Random, guess: bool) -> Iterator[Message]:
+        """The code, then the answer that it prints; or an answer stated without it."""
+        if guess:
+            for _ in range(self._guesses):
+                yield self._style.answers(str(rng.randrange(1000)))
+            return
+        yield self._style.runs(SOLUTIONS[task.prompt["dataset"]](task.prompt["entry"]["metadata"]))
+        yield self._style.answers(task.answer)
+
+
 def tasks(config: PythonConfig, seed: int) -> "MixTasks | RowsTasks":
     """Raises ValueError on what cannot be played, NoSandbox's text among it: at the start, not in the first episode."""
     try:
@@ -179,6 +228,8 @@ def tasks(config: PythonConfig, seed: int) -> "MixTasks | RowsTasks":
         raise ValueError(f"env.sandbox: {error}") from None
     if config.prompts is not None:
         return RowsTasks(RowsConfig(name="rows", prompts=config.prompts, held_out=config.held_out), seed)
+    if all(d.dataset in SOLUTIONS for d in config.datasets):
+        return DemonstratedMix(config, seed)
     return MixTasks(config.datasets, seed)
 
 

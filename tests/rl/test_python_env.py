@@ -6,15 +6,17 @@ import os
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rl.config_env import PythonConfig
-from rl.env import Action, ToolCall, World
+from rl.env import Action, Demonstrator, ToolCall, World
 from rl.envs import reasoning
 from rl.envs.python import Fenced, Python, Tags, ToolCalls, boxed, final_answer, own_answer, said, shortened
-from rl.episode import Identity, Limits, StopReason, run_episode
+from rl.envs.python_solutions import SOLUTIONS
+from rl.episode import Identity, Limits, StopReason, Turn, run_episode
 from rl.policy import Completion, Sampling, ScriptedPolicy
 from rl.sandbox import Result
 from rl.task import Task
@@ -260,6 +262,29 @@ async def test_an_oracle_scores_full_marks_and_guesses_next_to_none_and_nothing_
     assert len(os.listdir("/proc/self/fd")) == before
     again = await asyncio.gather(*(play(Oracle(codec, t), settings, t) for t in tasks[:5]))
     assert [e.context_ids for e in again] == [e.context_ids for e in episodes[:5]]
+
+
+@pytest.mark.parametrize("style", ["fenced", "tags", "tool"])
+async def test_a_demonstration_earns_full_marks_by_what_its_code_prints(play, style):
+    """Of every generator that can be shown: the code's output is the answer that is stated after it."""
+    settings = config(datasets=[{"dataset": name} for name in SOLUTIONS], style=style)
+    source = World(settings, 0).source
+    tasks = [source.task("train", i) for i in range(48)]
+    assert {t.prompt["dataset"] for t in tasks} == set(SOLUTIONS)
+    rng = random.Random(0)
+    for task in tasks:
+        episode = await play(source.demonstrate(task, rng, False), settings, task)
+        assert own_answer(task, episode) == 1, task
+        printed = seen(episode, 0).removeprefix("Code execution result: ").removeprefix("Observation:\n")
+        assert own_answer(task, replace(episode, turns=[Turn([], [], [], False, printed.split("\nYou have")[0])])) == 1
+        assert episode.turns[0].flags == ()
+    guesses = [await play(source.demonstrate(t, rng, True), settings, t) for t in tasks]
+    assert sum(own_answer(t, e) for t, e in zip(tasks, guesses, strict=True)) < 10
+
+
+def test_a_generator_without_a_solution_cannot_be_demonstrated():
+    assert not isinstance(World(config(datasets=[GCD, {"dataset": "sudoku"}]), 0).source, Demonstrator)
+    assert isinstance(World(config(datasets=[GCD]), 0).source, Demonstrator)
 
 
 def test_the_mix_follows_weights_and_seed_and_its_splits_share_nothing():
