@@ -47,8 +47,25 @@ class RowsConfig(Strict):
     max_turns: PositiveInt = 1
 
 
+class GymnasiumConfig(Strict):
+    """A Gymnasium environment of choices or texts (rl/envs/gymnasium.py)."""
+
+    name: Literal["gymnasium"]
+    id: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Handed to gymnasium.make."""
+    actions: tuple[str, ...] = ()
+    """What the choices are called, in order. Default: by number."""
+    instructions: str = ""
+    """The first message begins with this."""
+    max_turns: PositiveInt = 20
+
+
 class CustomEnvConfig(Strict):
-    """An environment class of one's own by dotted path; `args` is handed to it as it stands."""
+    """An environment class of one's own; `args` is handed to it as it stands.
+
+    path: a dotted path, or the name under which an installed package has it as an entry point of `repertory.envs`.
+    """
 
     name: Literal["custom"]
     path: str
@@ -125,5 +142,6 @@ class PythonConfig(Strict):
 
 
 EnvConfig = Annotated[
-    CalculatorConfig | ReasoningGymConfig | RowsConfig | PythonConfig | CustomEnvConfig, Field(discriminator="name")
+    CalculatorConfig | ReasoningGymConfig | RowsConfig | PythonConfig | GymnasiumConfig | CustomEnvConfig,
+    Field(discriminator="name"),
 ]

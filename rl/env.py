@@ -14,6 +14,7 @@ import importlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from rl.config_env import CustomEnvConfig, EnvConfig
@@ -98,6 +99,7 @@ class CutsTurns(Protocol):
 
 _BUILT_IN = {
     "calculator": "rl.envs.calculator.Calculator",
+    "gymnasium": "rl.envs.gymnasium.Gymnasium",
     "python": "rl.envs.python.Python",
     "reasoning_gym": "rl.envs.reasoning.ReasoningGym",
     "rows": "rl.envs.rows.Rows",
@@ -121,12 +123,29 @@ def load_object(path: str) -> Any:
     return getattr(found, name)
 
 
+def load_env(path: str) -> Any:
+    """An environment's class by its dotted path, or by the name of an entry point of `repertory.envs`.
+
+    Raises ValueError with what could not be found.
+    """
+    if "." in path:
+        return load_object(path)
+    installed = {point.name: point for point in entry_points(group="repertory.envs")}
+    if path not in installed:
+        known = ", ".join(sorted(installed)) or "none"
+        raise ValueError(
+            f"env.path: {path!r} is neither a dotted path like package.module.Class nor an entry point of "
+            f"repertory.envs (installed: {known})"
+        )
+    return installed[path].load()
+
+
 class World:
     """An environment family under one configuration: its tasks, its demonstrations, and fresh environments."""
 
     def __init__(self, config: EnvConfig, seed: int):
         path = config.path if isinstance(config, CustomEnvConfig) else _BUILT_IN[config.name]
-        self._cls: Any = load_object(path)
+        self._cls: Any = load_env(path)
         self.settings: Any = dict(config.args) if isinstance(config, CustomEnvConfig) else config
         self.source: TaskSource = self._cls.tasks(self.settings, seed)
         self.default_reward: str | None = getattr(self._cls, "reward", None)
