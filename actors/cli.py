@@ -149,6 +149,21 @@ def scale(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, those of `repertory eval` too")],
+    all_stages: Annotated[bool, typer.Option("--all", help="Every evaluation of a run, not its last alone.")] = False,
+) -> None:
+    """Set evaluations side by side: success, and each one's difference to the first, task by task, with 95 % intervals.
+
+    Example:  repertory compare runs/quickstart --all
+              repertory compare runs/smollm2-eval-1 runs/smollm2-eval-2
+    """
+    from actors.compare import show_comparison
+
+    show_comparison(runs, console, all_stages)
+
+
+@app.command()
 def audit(run: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart")]) -> None:
     """Prove from a run's folder that its rl stages consumed every task that they drew exactly once.
 
