@@ -56,7 +56,7 @@ def _evaluations(run: Path) -> list[Evaluation]:
     found = []
     for line in read_lines(run / "eval.jsonl"):
         path = run / "trajectories" / f"eval-{line['stage_index']:02d}-sampled.parquet"
-        if line.get("beside") or not path.is_file():
+        if line.get("beside") or "success_low" not in line or not path.is_file():
             continue
         by_task = defaultdict(list)
         for row in pq.read_table(path, columns=["task", "success"]).to_pylist():

@@ -49,16 +49,17 @@ def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for e in evaluations:
         greedy = "" if e["success_greedy"] is None else f"{e['success_greedy']:.3f}"
+        told = "success_low" in e  # or the run is older than intervals are
         table.add_row(
             f"{e['stage']} {e.get('objective', '')}".strip(),
             str(e["step"]),
             str(e["n"]),
             f"{e['success']:.3f}",
-            f"{e['success_low']:.3f}-{e['success_high']:.3f}",
+            f"{e['success_low']:.3f}-{e['success_high']:.3f}" if told else "",
             greedy,
             f"{e['mean_turns']:.2f}",
-            f"{e['mean_tokens']:.0f}",
-            f"{e['tool_errors']:.1%}",
+            f"{e['mean_tokens']:.0f}" if told else "",
+            f"{e['tool_errors']:.1%}" if told else "",
         )
     return table
 
