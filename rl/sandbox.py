@@ -255,6 +255,9 @@ class _Pipes:
         kept = self._got[name]
         kept += data[: self._most + 1 - len(kept)]
         self.flooded |= len(kept) > self._most
+        if self.flooded:  # nobody reads on: until it is killed, the code waits
+            for descriptor in self._ours.values():
+                self._loop.remove_reader(descriptor)
         if self.flooded or (name == "answers" and b"\n" in kept):
             self.event.set()
         return True
