@@ -138,6 +138,11 @@ class PythonConfig(Strict):
             raise ValueError("give either `datasets` (reasoning-gym generators) or `prompts` (rows of one's own)")
         if self.held_out is not None and self.prompts is None:
             raise ValueError("held_out names a second file of rows: give the first as `prompts`")
+        if self.prompts is not None and self.style == "tags" and self.max_solutions > 1:
+            raise ValueError(
+                "style tags says which solutions are wrong while the episode is played, on an event loop, where "
+                "math-verify cannot bound its time: set max_solutions to 1, or play `datasets`"
+            )
         return self
 
 

@@ -319,6 +319,8 @@ def test_what_cannot_be_played_is_refused_at_the_start():
         World(config(datasets=[{"dataset": "chain_sums"}]), 0)
     with pytest.raises(ValueError, match=r"env\.sandbox: sandbox\.python: there is no /no/python"):
         World(config(sandbox={"python": "/no/python"}), 0)
+    with pytest.raises(ValueError, match="math-verify cannot bound its time"):
+        config(datasets=(), prompts="a.jsonl", style="tags")
     for settings in ({"datasets": ()}, {"prompts": "a.jsonl"}, {"held_out": "a.jsonl"}):
         with pytest.raises(ValueError):
             config(**settings)
