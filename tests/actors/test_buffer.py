@@ -78,7 +78,7 @@ def played(parts, indices, meanwhile=None, deadline_s=60.0):
         requests = [GroupRequest(0, 0, source.task("train", i), 2) for i in indices]
         playing = asyncio.ensure_future(asyncio.wrap_future(buffer.play.remote(requests, SAMPLING).future()))
         if meanwhile:
-            await meanwhile(workers, graders)
+            await meanwhile(workers, graders, buffer)
         found = await playing
         again = await buffer.play.remote(requests[:1], SAMPLING)
         supervisor.close()
@@ -136,12 +136,12 @@ def test_a_task_that_fails_of_itself_is_dropped_after_its_attempts_and_a_lost_se
 
 
 def test_graders_and_workers_that_are_killed_under_load_cost_no_group_and_make_no_reward(parts):
-    async def kill(workers, graders) -> None:
-        await asyncio.sleep(0.5)
-        for victim in (graders[0], workers[0], graders[1]):
-            pid = (await victim.status.remote())["pid"]
+    async def kill(workers, graders, buffer) -> None:
+        victims = [(await v.status.remote())["pid"] for v in (graders[0], workers[0], graders[1])]
+        for number, pid in enumerate(victims):
+            while (await buffer.where.remote())[0] <= 5 * number:  # each of them has groups under way
+                await asyncio.sleep(0.02)
             os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(0.7)
 
     fine = [index_of("fine", n) for n in range(10, 40)]
     found, _ = played(parts, fine, kill)
