@@ -5,7 +5,6 @@ them. It hands on references and summaries; nobody between worker and learner re
 """
 
 import asyncio
-import itertools
 import logging
 import math
 import time
@@ -17,10 +16,11 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.faults import Stuck, backoff, is_death, is_infra, named, tried, within
+from actors.faults import Stuck, backoff, cause_of, is_death, is_infra, named, tried, within
 from actors.owned import Owned
 from actors.role import AsyncRole
-from actors.worker_pool import WorkerPool
+from actors.supervisor import end
+from actors.worker_pool import Ended, WorkerPool
 from rl.config import Config
 from rl.config_algo import AlgoConfig
 from rl.config_stage import ExampleStage
@@ -28,7 +28,7 @@ from rl.credit import Columns, GroupFacts, assign_credit
 from rl.episode import Episode, GroupRequest
 from rl.policy import Sampling
 from rl.reward import Score
-from rl.task import Task
+from rl.task import BadTask, Task
 from rl.trajectory import Summary, Trajectory, to_row, write_parquet
 
 log = logging.getLogger("repertory")
@@ -50,9 +50,14 @@ class Overdue(Stuck):
     """A group that was not played by its deadline, at a worker that lives."""
 
 
+class Ungradable(RuntimeError):
+    """Episodes that no grader survives."""
+
+
 @dataclass(frozen=True)
 class Dropped:
-    """A task that fails wherever it is played. quarantined: it ended the workers that played it; never tried again."""
+    """A task that fails wherever it is played. quarantined: it ended the workers or the
+    graders that had it; never tried again."""
 
     task: str
     cause: str
@@ -84,21 +89,20 @@ class Buffer(AsyncRole):
     def __init__(self, config: Config, workers: Sequence[Any], rewards: Sequence[Any], quarantined: Sequence[str] = ()):
         super().__init__()
         self._faults = config.faults
-        self._workers, self._rewards = WorkerPool(workers), list(rewards)
-        self._next_reward = itertools.count()
+        self._workers, self._graders = WorkerPool(workers), WorkerPool(rewards, most=1)
         self._reward_model: str | None = None
         self._quarantined = set(quarantined)
         self.progress = (0, 0)
         self._owned = Owned()
 
     async def use(self, workers: Sequence[Any], rewards: Sequence[Any]) -> None:
-        """From now on these. Returns when no group is under way at another worker."""
-        self._rewards = list(rewards)
+        """From now on these. Returns when no group is under way at another one."""
+        await self._graders.use(rewards)
         await self._workers.use(workers)
 
     async def use_reward_model(self, path: str) -> None:
         """From now on a reward model, a folder, gives the reward. Raises what loading it does."""
-        await asyncio.gather(*(tried(lambda _, r=r: r.load.remote(path), self._faults) for r in self._rewards))
+        await asyncio.gather(*(tried(lambda _, r=r: r.load.remote(path), self._faults) for r in self._graders.workers))
         self._reward_model = path
 
     async def play(self, requests: Sequence[GroupRequest], sampling: Sampling) -> Played:
@@ -138,6 +142,9 @@ class Buffer(AsyncRole):
                             raise Overdue(str(error)) from None
                         raise
                 scores = await self._scores(episodes, tally)
+            except Ungradable as error:
+                self._quarantined.add(task)
+                return Dropped(task, str(error), quarantined=True)
             except Exception as error:
                 infra, overdue = is_infra(error), isinstance(error, Overdue)
                 given_up = min(given_up, time.monotonic() + self._faults.patience_s)
@@ -147,7 +154,7 @@ class Buffer(AsyncRole):
                     self._quarantined.add(task)
                     return Dropped(task, f"its environment ended the rollout worker {deaths} times", quarantined=True)
                 failures += not infra or overdue  # most likely it is the task's own environment that waits
-                if failures == attempts:
+                if failures == attempts or isinstance(cause_of(error), BadTask):
                     return Dropped(task, named(error))
                 if infra and not overdue and time.monotonic() > given_up:
                     raise
@@ -159,24 +166,38 @@ class Buffer(AsyncRole):
             return Group(request, known, scores, episodes, trajectories)
 
     async def _scores(self, episodes: Any, tally: "_Tally") -> list[Score]:
-        """By whichever grader lives. Raises what the reward function itself raises."""
+        """By whichever grader is free. Raises what the reward function itself raises, and Ungradable."""
         started = time.perf_counter()
-        attempts = 0
+        attempts = ended = 0
 
         async def score(attempt: int) -> list[Score]:
-            nonlocal attempts
+            nonlocal attempts, ended
             attempts += 1
-            reward = self._rewards[next(self._next_reward) % len(self._rewards)]
-            return await reward.score.remote(episodes, self._reward_model)
+            try:
+                async with self._graders.one(alone=False) as grader:
+                    return await self._scored_by(grader, episodes)
+            except Exception as error:
+                ended += is_death(error) or isinstance(error, Ended)
+                if ended == self._faults.attempts:
+                    raise Ungradable(f"its scoring ended the grader {ended} times: {named(error)}") from error
+                raise
 
-        scores = await tried(score, self._faults)
-        tally.replayed += attempts - 1
-        tally.reward_s += time.perf_counter() - started
-        return scores
+        try:
+            return await tried(score, self._faults)
+        finally:
+            tally.replayed += attempts - 1
+            tally.reward_s += time.perf_counter() - started
 
-    async def demonstrations(
-        self, tasks: Sequence[Task], guess_fraction: float, chunk: int = 256
-    ) -> list[Any]:
+    async def _scored_by(self, grader: Any, episodes: Any) -> list[Score]:
+        try:
+            return await within(self._faults.grading_s, grader.score.remote(episodes, self._reward_model), "grading_s")
+        except Stuck as error:
+            if isinstance(error, RayTaskError):  # the reward function itself says that it waits for others
+                raise
+            end(grader)
+            raise Ended(str(error)) from None
+
+    async def demonstrations(self, tasks: Sequence[Task], guess_fraction: float, chunk: int = 256) -> list[Any]:
         """Refs of lists of examples: demonstrations, played by the workers' scripted policy."""
         parts = [tasks[i : i + chunk] for i in range(0, len(tasks), chunk)]
         self.progress = (0, len(parts))
@@ -274,5 +295,3 @@ class Buffer(AsyncRole):
 
     async def where(self) -> tuple[int, int]:
         return self.progress
-
-

@@ -38,8 +38,8 @@ from rl.checkpoint import State
 from rl.config import Config
 from rl.config_file import dump_config
 from rl.config_stage import EvalStage, RewardModelStage, RlStage, TrainingStage
-from rl.env import World
 from rl.episode import GroupRequest
+from rl.fitting import open_world, summary
 from rl.metrics import Sinks, forget_after, read_lines
 from rl.policy import Sampling
 
@@ -163,7 +163,9 @@ class Controller(AsyncRole):
         logs.mkdir(parents=True, exist_ok=True)
         logging.basicConfig(filename=logs / "run.log", level=logging.INFO, format="%(asctime)s %(message)s", force=True)
         config = self.config
-        self.world = World(config.env, config.run.seed)
+        self.world = await open_world(config, check=False)
+        if left_out := getattr(self.world.source, "left_out", None):
+            self.say(f"left out: {summary(left_out)}")
         self._sinks = Sinks(self.folder, config, resume=self._resume is not None)
         placement = await Placement.make(config, f"repertory {self.folder}")
         log.info("the cluster has room for every role")

@@ -90,8 +90,8 @@ async def tried(call: Callable[[int], Awaitable[T]], faults: FaultsConfig) -> T:
     raise AssertionError("the loop does not end")
 
 
-async def within(seconds: float, call: Awaitable[T]) -> T:
-    """Raises Stuck when the call takes longer."""
+async def within(seconds: float, call: Awaitable[T], setting: str = "deadline_s") -> T:
+    """Raises Stuck, naming the setting of `faults` that says how long, when the call takes longer."""
 
     async def result() -> T:
         return await call  # a Ray ref is awaitable, and no coroutine
@@ -101,7 +101,7 @@ async def within(seconds: float, call: Awaitable[T]) -> T:
     except TimeoutError as error:
         if isinstance(error, RayTaskError):
             raise
-        raise Stuck(f"a call did not return within faults.deadline_s = {seconds:g} s") from None
+        raise Stuck(f"a call did not return within faults.{setting} = {seconds:g} s") from None
 
 
 class Ledger:

@@ -1,5 +1,6 @@
 """What can be checked before a run writes anything: each fault is one ConfigError that says what to change."""
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -57,13 +58,11 @@ def check_model(config: Config) -> None:
     """Raises ConfigError when the model is missing or its chat template cannot be used."""
     if config.model.scratch is not None:
         return
-    from rl.chat import ChatCodec, TemplateError
-    from rl.pretrained import ModelNotFound, find_model, load_tokenizer
+    from rl.chat import TemplateError
+    from rl.pretrained import ModelNotFound, find_model, load_codec
 
     try:
-        folder = find_model(config.model.path or "")
-        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-        ChatCodec(tokenizer, keep_sampled_turns=config.model.keep_sampled_turns)
+        load_codec(config.model)
         if config.needs_reference and config.reference.source not in ("stage_start", "initial"):
             find_model(config.reference.source)
     except (ModelNotFound, TemplateError) as error:
@@ -75,10 +74,11 @@ def check_world(config: Config) -> None:
     from actors.reward import reward_function
     from rl.data_stage import BUILT_IN
     from rl.demonstration import read_rows
-    from rl.env import Demonstrator, World, load_object
+    from rl.env import Demonstrator, load_object
+    from rl.fitting import open_world
 
     try:
-        world = World(config.env, config.run.seed)
+        world = asyncio.run(open_world(config))
         world.source.task("train", 0)
         reward_function(config)
         model = config.reward.model

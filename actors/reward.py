@@ -29,6 +29,9 @@ class Reward(Role):
         self._config, self._function = config, reward_function(config)
         self._model: tuple[str, Any] | None = None
 
+    def ready(self) -> None:
+        """Returns when it can score."""
+
     def load(self, path: str) -> None:
         """Have the reward model in a folder at hand."""
         from rl.model import ValueScorer

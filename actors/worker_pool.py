@@ -1,20 +1,33 @@
-"""Which rollout worker plays the next group: the one with the least to do; a suspected group gets one for itself."""
+"""Which rollout worker plays the next group: the one with the least to do; a suspected group gets one for itself.
+
+And which grader scores it: one that has nothing to do.
+"""
 
 import asyncio
 import itertools
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from actors.faults import backoff, is_death
+from rl.env import InfraError
+
+
+class Ended(InfraError):
+    """The worker's process was killed, because its call did not return."""
 
 
 class WorkerPool:
-    """For one event loop. A worker that died gets nothing until it says that it is ready again."""
+    """For one event loop. A worker that died gets nothing until it says that it is ready again.
 
-    def __init__(self, workers: Sequence[Any]):
+    most: the calls that one has at a time; others wait. With 1 it is clear whose call a worker died of.
+    """
+
+    def __init__(self, workers: Sequence[Any], most: float = math.inf):
         self.workers = list(workers)
+        self._most = most
         self._playing: Counter[Any] = Counter()
         self._reserved: set[Any] = set()
         self._down: dict[Any, asyncio.Task[None]] = {}
@@ -31,13 +44,13 @@ class WorkerPool:
 
     @asynccontextmanager
     async def one(self, alone: bool) -> AsyncIterator[Any]:
-        """A worker to play a group with. alone: when that worker dies, no other group is to blame or to suffer."""
+        """A worker to do one thing with. alone: when that worker dies, no other group is to blame or to suffer."""
         async with self._alone if alone else _nothing():
             worker = await (self._take_alone() if alone else self._take())
             try:
                 yield worker
             except Exception as error:
-                if is_death(error) and worker not in self._down:
+                if (is_death(error) or isinstance(error, Ended)) and worker not in self._down:
                     self._down[worker] = asyncio.ensure_future(self._return(worker))
                 raise
             finally:
@@ -56,7 +69,8 @@ class WorkerPool:
 
     @property
     def _free(self) -> list[Any]:
-        return [w for w in self.workers if w not in self._reserved and w not in self._down]
+        out = self._reserved | self._down.keys()
+        return [w for w in self.workers if w not in out and self._playing[w] < self._most]
 
     async def _take_alone(self) -> Any:
         async with self._changed:

@@ -164,6 +164,9 @@ class FaultsConfig(Strict):
     """How often a task may fail of itself, or take the rollout worker with it, before it is dropped."""
     deadline_s: PositiveFloat = 1800.0
     """Of one call: a group's episodes, a learner's step, a load."""
+    grading_s: PositiveFloat = 300.0
+    """Of the scoring of one group. A grader that takes longer is killed; a task whose scoring has ended `attempts` of
+    them is dropped."""
     heartbeat_s: PositiveFloat = 60.0
     """A process that does not answer for so long is killed and started again. A grader's or a reference's answer comes
     after the call that it has: deadline_s."""

@@ -37,12 +37,17 @@ class ReasoningGymConfig(Strict):
     max_turns: PositiveInt = 6
 
 
+BadRows = Literal["refuse", "skip"]
+"""What becomes of a run with rows that are no tasks, or whose question does not fit model.max_length."""
+
+
 class RowsConfig(Strict):
     """Prompts of one's own, from JSONL or Parquet rows with `prompt` (text or messages) and `answer`."""
 
     name: Literal["rows"]
     prompts: str
     held_out: str | None = None
+    bad_rows: BadRows = "refuse"
     tool: Literal["calculator", "none"] = "none"
     max_turns: PositiveInt = 1
 
@@ -113,6 +118,7 @@ class PythonConfig(Strict):
     datasets: tuple[DatasetConfig, ...] = ()
     prompts: str | None = None
     held_out: str | None = None
+    bad_rows: BadRows = "refuse"
     style: Literal["fenced", "tags", "tool"] = "fenced"
     """fenced: the first ```python block of a turn is run (R1-Code-Interpreter, SimpleTIR, M-DPO). tags: <execute> or
     <solution>, with budgets stated each turn (MINT). tool: calls of a tool `python`."""

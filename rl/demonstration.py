@@ -71,8 +71,10 @@ def encode_messages(
     )
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """Rows of a JSONL or Parquet file.
+def read_rows(path: str, bad: list[str] | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of a JSONL or Parquet file, each with its number: of its line, or of the row, from 1 on.
+
+    bad: gets what is wrong with each line that holds no row, in the place of an error.
 
     Raises ValueError with the file, and the line where it is not JSON.
     """
@@ -80,19 +82,25 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"{path}: no such file")
     if file.suffix == ".parquet":
-        return pq.read_table(file).to_pylist()
-    rows = []
+        return list(enumerate(pq.read_table(file).to_pylist(), 1))
+    rows, wrong = [], []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("expected an object")
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: expected an object")
-            rows.append(row)
+                what = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+                wrong.append(f"{path}:{number}: {what}")
+            else:
+                rows.append((number, row))
+    if bad is None and wrong:
+        raise ValueError(wrong[0])
     if not rows:
         raise ValueError(f"{path}: no rows")
+    if bad is not None:
+        bad += wrong
     return rows
 
 
@@ -116,7 +124,7 @@ def encode_pairs(path: str, codec: ChatCodec, max_length: int) -> list[Example]:
 def _encode_columns(
     path: str, codec: ChatCodec, max_length: int, columns: Sequence[str]
 ) -> Iterator[tuple[Trajectory, ...]]:
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in read_rows(path):
         try:
             conversations = [json.loads(row[c]) if isinstance(row[c], str) else row[c] for c in columns]
             yield tuple(encode_messages(codec, m, row.get("tools") or (), max_length) for m in conversations)

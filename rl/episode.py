@@ -9,7 +9,7 @@ from typing import Any
 from rl.chat import ChatCodec
 from rl.env import CutsTurns, Env, Message
 from rl.policy import Completion, Policy, Sampling
-from rl.task import Task, derive_seed
+from rl.task import BadTask, Task, derive_seed
 
 
 class StopReason(StrEnum):
@@ -126,19 +126,17 @@ async def run_episode(
     condition: a text added to the opening messages, such as the feedback that the answer is to earn.
 
     The sampling seed of a turn is a function of (seed, task, sample, turn). Raises what the environment or the
-    policy raise; the environment is closed in every case.
+    policy raise, and BadTask when the question leaves no room for an answer; the environment is closed in every case.
     """
     started = time.perf_counter()
     try:
         observation = await env.reset(task)
         opening = conditioned(observation.messages, condition)
         context = codec.prompt(opening, observation.tools)
+        check_fits(task, context, limits.max_length)
         episode = Episode(identity, task, opening, list(context), codec.end_of_turn, tools=observation.tools)
         while len(episode.turns) < limits.max_turns:
             room = limits.max_length - len(context)
-            if room < 1:
-                episode.stop_reason = StopReason.MAX_TOKENS
-                break
             turn_seed = derive_seed(seed, task.id, identity.sample, len(episode.turns))
             asked = sampling.with_(
                 seed=turn_seed, max_tokens=min(sampling.max_tokens, room), stop=(codec.end_of_turn, *sampling.stop)
@@ -176,6 +174,15 @@ async def run_episode(
         return episode
     finally:
         await env.close()
+
+
+def check_fits(task: Task, prompt_ids: Sequence[int], max_length: int) -> None:
+    """Raises BadTask, naming file and row where there are such, when the question leaves no room for an answer."""
+    if len(prompt_ids) >= max_length:
+        raise BadTask(
+            f"{task.where or 'task ' + task.id}: the question takes {len(prompt_ids)} tokens, which leaves no room for "
+            f"an answer in model.max_length = {max_length}"
+        )
 
 
 def _cut(completion: Completion, env: Env, codec: ChatCodec) -> Completion:

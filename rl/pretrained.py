@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rl.chat import ChatCodec
 from rl.config import ModelConfig, ScratchModel
 from rl.env import Demonstrator, World
 from rl.task import TaskStream
@@ -69,6 +70,12 @@ def find_model(path: str) -> Path:
             f"model {path!r}: no such folder, and the hub did not give it ({type(error).__name__}). "
             "Set model.path to a local folder"
         ) from error
+
+
+def load_codec(model: ModelConfig) -> ChatCodec:
+    """The tokenizer and chat template of a model that has a `path`. Raises ModelNotFound and TemplateError."""
+    tokenizer = load_tokenizer(find_model(model.path or ""), trust_remote_code=model.trust_remote_code)
+    return ChatCodec(tokenizer, keep_sampled_turns=model.keep_sampled_turns)
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -15,13 +15,19 @@ class Task:
     """One item to attempt. Immutable.
 
     id: unique within its environment and the same for the same content; prompt: what the environment shows;
-    answer: the ground truth, never shown; seed: for whatever the environment does at random.
+    answer: the ground truth, never shown; seed: for whatever the environment does at random; where: the file and row
+    that it was read from.
     """
 
     id: str
     prompt: Mapping[str, Any]
     answer: str
     seed: int = 0
+    where: str = field(default="", compare=False)
+
+
+class BadTask(ValueError):
+    """A task that cannot be played: dropped at once, named and counted."""
 
 
 class TaskSource(Protocol):

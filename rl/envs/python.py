@@ -227,7 +227,8 @@ def tasks(config: PythonConfig, seed: int) -> "MixTasks | RowsTasks":
     except NoSandbox as error:
         raise ValueError(f"env.sandbox: {error}") from None
     if config.prompts is not None:
-        return RowsTasks(RowsConfig(name="rows", prompts=config.prompts, held_out=config.held_out), seed)
+        given = {"prompts": config.prompts, "held_out": config.held_out, "bad_rows": config.bad_rows}
+        return RowsTasks(RowsConfig(name="rows", **given), seed)
     if all(d.dataset in SOLUTIONS for d in config.datasets):
         return DemonstratedMix(config, seed)
     return MixTasks(config.datasets, seed)

@@ -6,9 +6,10 @@ question: an index owns a few hundred candidate items and takes the first that f
 
 Two things to know of the generators. Some (isomorphic_strings, knight_swap, polynomial_multiplication, ransom_note,
 word_ladder in 0.1.25) iterate over sets of strings: their items repeat only under a fixed PYTHONHASHSEED. Some scorers
-evaluate what the model wrote with sympy: play those where a hostile answer can do no harm.
+run what the model wrote as Python: `disarmed` says what they are given.
 """
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -144,6 +145,7 @@ def score(task: Task, answer: str) -> float:
         if not numbers:
             return 0.0
         answer = numbers[-1]
+    answer = disarmed(task.prompt["dataset"], answer)
     dataset = _dataset(task.prompt["dataset"], _frozen(task.prompt["settings"]), 0, 1)
     try:
         return float(dataset.score_answer(answer, entry))
@@ -152,6 +154,57 @@ def score(task: Task, answer: str) -> float:
         if entry["answer"] is not None:
             dataset.score_answer(entry["answer"], entry)
         return 0.0
+
+
+_BY_EVAL = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+_BY_SYMPY = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+_FUNCTIONS = {
+    *("sqrt", "cbrt", "exp", "log", "ln", "Abs", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan"),
+    *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+}
+_EXPRESSION_NODES = (
+    *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.BinOp, ast.UnaryOp, ast.UAdd, ast.USub),
+    *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow),
+)
+_LARGEST_POWER = 64
+
+
+def disarmed(dataset: str, answer: str) -> str:
+    """The answer, or nothing in the place of one that a scorer would run as a program.
+
+    Some of reasoning-gym's scorers hand the model's text to `eval`, or to sympy's parser, which does so. The first get
+    literals, the others an expression of numbers, names and elementary functions, whose powers end.
+    """
+    if dataset not in _BY_EVAL | _BY_SYMPY:
+        return answer
+    try:
+        tree = ast.parse(answer.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return answer if dataset in _BY_EVAL else ""  # eval does not run what is no Python; sympy's parser may
+    fine = _is_literal(tree) if dataset in _BY_EVAL else all(map(_is_arithmetic, ast.walk(tree)))
+    return answer if fine else ""
+
+
+def _is_literal(tree: ast.Expression) -> bool:
+    try:
+        ast.literal_eval(tree)
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        return isinstance(tree.body, ast.Name)
+    return True
+
+
+def _is_arithmetic(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
+    if isinstance(node, ast.Constant):  # sympy's functions read texts as programs
+        return type(node.value) in (int, float)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        inside = [*ast.walk(node.left), *ast.walk(node.right)]
+        exponents = [n.value for n in ast.walk(node.right) if isinstance(n, ast.Constant)]
+        return not any(isinstance(n, ast.Pow) for n in inside) and all(
+            isinstance(n, int | float) and abs(n) <= _LARGEST_POWER for n in exponents
+        )
+    return isinstance(node, _EXPRESSION_NODES)
 
 
 def check(config: ReasoningGymConfig) -> None:

@@ -63,7 +63,10 @@ class RowsTasks:
 
     def __init__(self, config: RowsConfig, seed: int):
         check_turns(config)
-        train = read_tasks(config.prompts)
+        self.left_out: list[str] = []
+        """What was wrong with each row that is left out."""
+        bad = self.left_out if config.bad_rows == "skip" else None
+        train = read_tasks(config.prompts, bad)
         if config.held_out is None:
             kept = [t for t in train if held_out(_content(t))]
             train = [t for t in train if not held_out(_content(t))]
@@ -74,7 +77,7 @@ class RowsTasks:
                     "name a second file in env.held_out"
                 )
         else:
-            kept = read_tasks(config.held_out)
+            kept = read_tasks(config.held_out, bad)
             train = _without(train, kept, config)
         random.Random(derive_seed("rows", seed)).shuffle(train)
         self._tasks = {"train": train, "held_out": kept}
@@ -95,42 +98,47 @@ class Rows(Question):
         super().__init__(config.tool)
 
 
-def read_tasks(path: str) -> list[Task]:
+def read_tasks(path: str, bad: list[str] | None = None) -> list[Task]:
     """A file's rows as tasks, in order; a prompt that occurs again is dropped and counted in the log.
+
+    bad: gets what is wrong with each row that is no task, in the place of an error.
 
     Raises ValueError naming the file, the row and what is missing or wrong.
     """
     try:
-        rows = read_rows(path)
+        rows = read_rows(path, bad)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: neither JSONL nor Parquet: {error}") from None
     tasks: dict[str, Task] = {}
     row_of: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
+    repeated = 0
+    for number, row in rows:
         try:
-            task = _to_task(row)
+            task = _to_task(row, f"{path}: row {number}")
+            if _content(task) not in tasks and task.id in row_of:
+                raise ValueError(f"its id {row['id']!r} is that of row {row_of[task.id]}")
         except ValueError as error:
-            raise ValueError(f"{path}: row {number}: {error}") from None
-        if _content(task) in tasks:
+            if bad is None:
+                raise ValueError(f"{path}: row {number}: {error}") from None
+            bad.append(f"{path}: row {number}: {error}")
             continue
-        if task.id in row_of:
-            raise ValueError(f"{path}: row {number}: its id {row['id']!r} is that of row {row_of[task.id]}")
-        row_of[task.id] = number
-        tasks[_content(task)] = task
+        repeated += _content(task) in tasks
+        row_of.setdefault(task.id, number)
+        tasks.setdefault(_content(task), task)
     if not tasks:
-        raise ValueError(f"{path}: no rows")
-    if len(tasks) < len(rows):
-        log.info("%s: %d rows repeat an earlier prompt and are dropped", path, len(rows) - len(tasks))
+        raise ValueError(f"{path}: no rows{' but bad ones: ' + bad[-1] if bad else ''}")
+    if repeated:
+        log.info("%s: %d rows repeat an earlier prompt and are dropped", path, repeated)
     return list(tasks.values())
 
 
-def _to_task(row: Mapping[str, Any]) -> Task:
+def _to_task(row: Mapping[str, Any], where: str) -> Task:
     messages, answer = _messages(row.get("prompt")), _answer(row.get("answer"))
     content = json.dumps(messages, sort_keys=True, ensure_ascii=False)
     given = row.get("id")
     name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest() if given is None else str(given)
     others = {k: v for k, v in row.items() if k not in ("prompt", "answer", "id")}
-    return Task(id=f"rows:{name}", prompt={**others, "prompt": messages}, answer=answer)
+    return Task(id=f"rows:{name}", prompt={**others, "prompt": messages}, answer=answer, where=where)
 
 
 def _messages(prompt: object) -> list[Message]:

@@ -1,4 +1,7 @@
-"""An environment that does as its tasks say: fine, ends its process, raises, loses its service once, never returns."""
+"""An environment that does as its tasks say: fine, ends its process, raises, loses its service once, never returns.
+
+Of the last three kinds it is the grader that raises, ends its process, or never returns.
+"""
 
 import asyncio
 import os
@@ -8,7 +11,7 @@ from pathlib import Path
 from rl.env import InfraError, Observation, Step
 from rl.task import Task
 
-KINDS = ("fine", "kills", "raises", "service", "never")
+KINDS = ("fine", "kills", "raises", "service", "never", "graded_raises", "graded_kills", "graded_never")
 
 
 class Kinds:
@@ -56,4 +59,11 @@ class Deadly:
 def slowly(task, episode):
     """A grader that takes its time, and gives each task a reward of its own."""
     time.sleep(0.05)
+    kind = task.prompt["kind"]
+    if kind == "graded_raises":
+        raise RuntimeError("cannot tell")
+    if kind == "graded_kills":
+        os._exit(1)
+    if kind == "graded_never":
+        time.sleep(3600)
     return float(task.prompt["number"])

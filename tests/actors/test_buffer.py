@@ -57,12 +57,11 @@ def parts(ray_cluster, quickstart_config, tmp_path_factory):
         ray.kill(actor)
 
 
-def played(parts, indices, meanwhile=None, deadline_s=60.0):
+def played(parts, indices, meanwhile=None, **changes):
     """The buffer's answer for tasks by index, two samples each, while dead workers are opened again."""
     config, model, workers, graders, many = parts
     source = World(config.env, 0).source
-    faults = config.faults.model_copy(update={"deadline_s": deadline_s})
-    config = config.model_copy(update={"faults": faults})
+    config = config.model_copy(update={"faults": config.faults.model_copy(update=changes)})
 
     async def run():
         supervisor = Supervisor(FaultsConfig(infra_budget=100), lambda message: None)
@@ -149,3 +148,20 @@ def test_graders_and_workers_that_are_killed_under_load_cost_no_group_and_make_n
     assert {g.request.task.id: [s.total for s in g.scores] for g in found.groups} == {
         f"fine-{i}": [float(i)] * 2 for i in fine
     }
+
+
+def test_what_no_grader_can_score_is_dropped_and_named_and_is_no_reward(parts):
+    """One that raises, one that ends the grader's process, one that never returns; others are scored meanwhile."""
+    kinds = ("graded_raises", "graded_kills", "graded_never")
+    fine = [index_of("fine", n) for n in range(50, 56)]
+    found, _ = played(parts, [*(index_of(kind) for kind in kinds), *fine], grading_s=3)
+    assert {g.request.task.id: [s.total for s in g.scores] for g in found.groups} == {
+        f"fine-{i}": [float(i)] * 2 for i in fine
+    }
+    dropped = {d.task.rsplit("-")[0]: d for d in found.dropped}
+    assert dropped["graded_raises"].cause == "RuntimeError: cannot tell" and not dropped["graded_raises"].quarantined
+    assert dropped["graded_kills"].cause.startswith("its scoring ended the grader 3 times: its process died")
+    assert dropped["graded_never"].cause.startswith("its scoring ended the grader 3 times: ")
+    assert "faults.grading_s = 3 s" in dropped["graded_never"].cause
+    assert dropped["graded_kills"].quarantined and dropped["graded_never"].quarantined
+    assert found.replayed >= 4 and set(dropped) == set(kinds)

@@ -204,13 +204,6 @@ async def test_max_tokens_stops_before_an_observation_that_does_not_fit(play, co
     assert len(episode.context_ids) == room
 
 
-async def test_a_prompt_that_fills_the_context_has_no_turns(play):
-    episode = await play(SaysThese([]), Limits(8, 5))
-    assert (episode.stop_reason, episode.turns, episode.final_text) == (StopReason.MAX_TOKENS, [], "")
-    assert not to_trajectory(episode).loss_mask.any()
-    assert to_trajectory(episode).oldest_version == -1
-
-
 async def test_a_turn_may_ask_for_no_more_than_is_left(play, codec):
     """And the whole episode, supplied end included, keeps to max_length: the learner's positions end there too."""
     opening = await play(SaysThese([codec.reply(SOLUTION[2])]))

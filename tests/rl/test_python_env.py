@@ -1,14 +1,15 @@
 """The Python environment, played through the episode loop in real sandboxes."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import pytest
 
 from rl.config_env import PythonConfig
@@ -354,18 +355,13 @@ async def test_two_hundred_episodes_at_once_stay_small_and_the_slowest_delays_no
     done, peak = [], 0
 
     def resident() -> int:
-        """Of all sandboxes; what they share is counted once."""
+        """Of all our sandboxes; what they share is counted once."""
         total = 0
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if b"What runs inside a sandbox" in (folder / "cmdline").read_bytes():
-                    total += sum(
-                        int(line.split()[1]) for line in (folder / "smaps_rollup").read_text().splitlines()[1:]
-                        if line.startswith("Pss:")
-                    )  # fmt: skip
-            except (OSError, IndexError):
-                pass
-        return total * 1024
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any("What runs inside a sandbox" in part for part in process.cmdline()):
+                    total += process.memory_full_info().pss
+        return total
 
     async def one(number: int):
         first = "import time; time.sleep(20)" if number == 0 else f"x = {number}"

@@ -1,7 +1,10 @@
 """Tasks from reasoning_gym: which split they belong to, how they are scored, and what a mistyped setting says."""
 
+import contextlib
+import inspect
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from rl.config_env import ReasoningGymConfig
 from rl.demonstration import demonstrate
 from rl.env import Demonstrator, World
-from rl.envs.reasoning import expression_of, own_scorer
+from rl.envs.reasoning import _BY_EVAL, _BY_SYMPY, disarmed, expression_of, own_scorer, score
 from rl.episode import Episode, Identity, Limits, StopReason, Turn, run_episode
 from rl.policy import Sampling, ScriptedPolicy
 from rl.reward import Score
@@ -223,3 +226,56 @@ def test_the_expression_of_a_question(text, answer, steps):
 def test_mistakes_are_named(dataset, settings, more, said):
     with pytest.raises(ValueError, match=said):
         gym(dataset, settings, **more)
+
+
+def test_every_scorer_that_runs_its_answer_is_known():
+    from reasoning_gym.factory import DATASETS
+
+    def runs_text(cls) -> bool:
+        return re.search(r"(?<![\w.])eval\(|parse_expr\(|sympify\(", inspect.getsource(cls.score_answer)) is not None
+
+    own = {name for name, (cls, _) in DATASETS.items() if "score_answer" in vars(cls) and runs_text(cls)}
+    assert own == _BY_EVAL | _BY_SYMPY | {"number_sorting"}, "number_sorting runs its own truth, not the answer"
+
+
+@pytest.mark.parametrize("dataset", ["spiral_matrix", "puzzle24", "simple_integration", "countdown"])
+def test_an_answer_that_is_a_program_is_not_run(dataset, tmp_path):
+    world = World(ReasoningGymConfig(name="reasoning_gym", dataset=dataset, tool="none", max_turns=1), 0)
+    task, mark = world.source.task("train", 0), tmp_path / "ran"
+    from reasoning_gym import create_dataset
+
+    attack = f"[open({str(mark)!r}, 'w'), 24][1]"
+    with contextlib.suppress(Exception):
+        create_dataset(dataset, seed=0, size=1).score_answer(attack, task.prompt["entry"])
+    assert mark.exists(), "the attack works where nothing is in its way"
+    mark.unlink()
+    assert score(task, attack) < 0.1 and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "answer", "given"),
+    [
+        ("spiral_matrix", "1 2 3", True),
+        ("spiral_matrix", "[1, 2, 3]", True),
+        ("spiral_matrix", "[n for n in (1, 2)]", False),
+        ("n_queens", "_ Q\nQ _", True),
+        ("n_queens", "[['Q', '_'], ['_', 'Q']]", True),
+        ("string_insertion", "ABCAADE", True),
+        ("string_insertion", "exit()", False),
+        ("countdown", "(3 + 5) * 7 - 36/9", True),
+        ("countdown", "9**9**9", False),
+        ("countdown", "9**99999", False),
+        ("countdown", "(2**64)**64", False),
+        ("simple_integration", "3*x**2/2 - sin(x) + C", True),
+        ("simple_integration", "exp(-x)*sqrt(x) + log(x)", True),
+        ("simple_integration", "sqrt('__import__(\"os\")')", False),
+        ("simple_integration", "().__class__", False),
+        ("simple_integration", "x.subs(x, 1)", False),
+        ("simple_integration", "lambdify(x, x)", False),
+        ("simple_integration", "10!", False),
+        ("polynomial_multiplication", "x**2*y + 3*x - 1", True),
+        ("chain_sum", "__import__('os')", True),
+    ],
+)
+def test_what_a_scorer_is_given(dataset, answer, given):
+    assert disarmed(dataset, answer) == (answer if given else "")

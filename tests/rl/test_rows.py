@@ -1,5 +1,6 @@
 """Prompts of one's own: files, splits by content, and the errors of rows that cannot be used."""
 
+import asyncio
 import json
 import logging
 from collections import Counter
@@ -15,7 +16,7 @@ from rl.env import World
 from rl.episode import Identity, Limits, StopReason, run_episode
 from rl.policy import Sampling, ScriptedPolicy
 from rl.reward import math_answer
-from rl.task import TaskStream
+from rl.task import BadTask, TaskStream
 
 SUMS = [{"prompt": f"What is {a} + {b}?", "answer": a + b} for a in range(10) for b in range(10)]
 
@@ -190,3 +191,65 @@ def test_whole_numbers_lose_their_point(tmp_path):
     rows = [{"prompt": "a", "answer": 4.0}, {"prompt": "b", "answer": 0.5}]
     source = own(parquet(tmp_path / "p.parquet", rows), held).source
     assert {source.task("train", i).answer for i in range(2)} == {"4", "0.5"}
+
+
+def test_bad_rows_are_skipped_and_named_by_line_where_the_config_says_so(tmp_path):
+    lines = [json.dumps(row) for row in SUMS]
+    lines[3:3] = ["", "{not json", json.dumps({"prompt": "no answer"}), json.dumps([1])]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"{path}:5: not JSON"):
+        own(str(path))
+    source: Any = own(str(path), bad_rows="skip").source
+    assert source.size("train") + source.size("held_out") == 100
+    assert [told.removeprefix(str(path)).split(": ")[:2] for told in source.left_out] == [
+        [":5", "not JSON"], [":7", "expected an object"], ["", "row 6"],
+    ]  # fmt: skip
+    assert source.left_out[2].endswith("`answer` is missing")
+    first = next(t for t in TaskStream(source, "train").next(100) if asked(t) == SUMS[3]["prompt"])
+    assert first.where == f"{path}: row 8", "the line of the file, blank and bad ones counted"
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer) -> str:
+    """As much of a model as it takes to encode a question."""
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def test_a_question_longer_than_the_context_is_named_and_refused_or_left_out(tmp_path, model):
+    from rl.config import Config
+    from rl.fitting import open_world
+
+    rows = jsonl(tmp_path / "long.jsonl", [*SUMS[:50], {"prompt": "and " * 300, "answer": 1}, *SUMS[50:]])
+
+    def config(**env: Any) -> Config:
+        return Config(
+            model={"path": model, "max_length": 200}, env={"name": "rows", "prompts": rows, **env},
+            stages=[{"kind": "eval"}],
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=rf"bad rows, 1: {rows}: row 51: the question takes \d+ tokens.*bad_rows=skip"):
+        asyncio.run(open_world(config()))
+    source: Any = asyncio.run(open_world(config(bad_rows="skip"))).source
+    whole = own(rows).source
+    assert sum(source.size(s) for s in ("train", "held_out")) == 100
+    assert len(source.left_out) == 1 and "row 51" in source.left_out[0]
+    for split in ("train", "held_out"):
+        kept = [t for t in TaskStream(whole, split).next(whole.size(split) or 0) if not asked(t).startswith("and")]
+        assert TaskStream(source, split).next(source.size(split)) == kept, "the same tasks in the same order"
+    with pytest.raises(ValueError, match="no question of the train split leaves room"):
+        asyncio.run(open_world(config(bad_rows="skip").model_copy(update={"model": config().model.model_copy(
+            update={"max_length": 4})})))  # fmt: skip
+
+
+async def test_a_question_without_room_for_an_answer_is_no_episode(sums, codec):
+    world = own(sums)
+    task = world.source.task("train", 0)
+    with pytest.raises(BadTask, match=rf"{sums}: row \d+: the question takes"):
+        await run_episode(
+            world.env(), task, ScriptedPolicy(codec, iter([])), codec,
+            sampling=Sampling(), limits=Limits(1, 10), identity=Identity(0, 0, task.id),
+        )  # fmt: skip
