@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install quickstart test lint unit bench chaos objectives clean
+.PHONY: install quickstart test lint unit bench chaos objectives python clean
 
 install: $(STAMP)
 
@@ -43,6 +43,9 @@ chaos: $(STAMP)
 
 objectives: $(STAMP)
 	$(BIN)/python tests/benchmarks/objectives.py $(ONLY)
+
+python: $(STAMP)
+	$(BIN)/python tests/benchmarks/python_seeds.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -32,6 +32,7 @@ def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]])
         "reward/zero_variance_groups": sum(len({s.total for s in score}) == 1 for _, score in groups)
         / max(1, len(groups)),
         "response_length/mean": sum(s.sampled_tokens for s in summaries) / n,
+        "observation_length/mean": sum(s.observation_tokens for s in summaries) / n,
         "episode_length/mean": sum(s.tokens for s in summaries) / n,
         "num_turns/mean": sum(s.turns for s in summaries) / n,
         **{f"flags/{name}": flags[name] / n for name in ("truncated", "tool_error", "void")},

@@ -40,7 +40,8 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the controller knows of an episode without its tokens. turn_tokens: sampled tokens of each turn."""
+    """What the controller knows of an episode without its tokens. turn_tokens: sampled tokens of each turn;
+    prompt_tokens: of the opening."""
 
     identity: Identity
     tokens: int
@@ -50,6 +51,12 @@ class Summary:
     flags: tuple[str, ...]
     oldest_version: int
     duration_s: float
+    prompt_tokens: int = 0
+
+    @property
+    def observation_tokens(self) -> int:
+        """What the environment has said between turns, and what was supplied: in the context, never in the loss."""
+        return self.tokens - self.prompt_tokens - self.sampled_tokens
 
     @property
     def turns(self) -> int:
@@ -93,6 +100,7 @@ def summarise(episode: Episode, trajectory: Trajectory) -> Summary:
         tuple(flag for turn in episode.turns for flag in turn.flags),
         trajectory.oldest_version,
         episode.duration_s,
+        len(episode.prompt_ids),
     )
 
 

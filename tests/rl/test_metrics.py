@@ -15,7 +15,7 @@ CONFIG = Config.model_validate({"model": {"path": "m"}, "env": {"name": "calcula
 
 
 def summary(tokens, turn_tokens, stop, *flags):
-    return Summary(Identity(0, 0, "t"), tokens, turn_tokens, (0.0,) * len(turn_tokens), stop, flags, 0, 0.1)
+    return Summary(Identity(0, 0, "t"), tokens, turn_tokens, (0.0,) * len(turn_tokens), stop, flags, 0, 0.1, 3)
 
 
 GROUPS = [
@@ -44,6 +44,7 @@ def test_rollout_metrics_by_hand():
             "reward/style": 0.0625,  # an episode without the part counts as 0
             "reward/zero_variance_groups": 0.5,  # the second group's rewards are all alike: it teaches nothing
             "response_length/mean": 10.0,
+            "observation_length/mean": 12.0,  # 3, 9, 15 and 21: all but the prompt's 3 and the sampled
             "episode_length/mean": 25.0,
             "num_turns/mean": 2.0,
             "flags/truncated": 0.25,

@@ -79,6 +79,8 @@ def test_a_summary_counts_sampled_tokens_turn_by_turn(episode):
     assert (summary.turns, summary.sampled_tokens) == (3, 4 + last)
     assert summary.sampled_tokens == trajectory.loss_mask.sum() < summary.tokens == len(trajectory)
     assert summary.turn_rewards == (0.5, -1.0, 0.25)
+    between = ~trajectory.loss_mask & (trajectory.turn >= 0)
+    assert summary.observation_tokens == between.sum() > 0
 
 
 def test_messages_are_the_readable_conversation(episode):
