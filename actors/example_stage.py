@@ -78,6 +78,7 @@ class ExampleLoop:
                 + (", or sample more (sample.tasks, sample.samples)" if stage.sample else "")
             )
         await self.add_references(refs)
+        await run.company.time_share("learn")
         for step in range(start, stage.steps):
             if step > start:
                 run.timing.clear()  # the first one's also tells what making the examples took

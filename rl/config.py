@@ -230,6 +230,11 @@ class Config(Strict):
                     f"stages[{index}].max_staleness has the generators play while the learner learns, and "
                     "placement.time_share has them take turns: use one of both"
                 )
+        if self.placement.time_share and self.learner.zero_stage == 0:
+            raise ValueError(
+                "placement.time_share moves the learner off the GPU between its turns, which DeepSpeed does from ZeRO "
+                "stage 1 on: set learner.zero_stage to 1 or more"
+            )
         trains_rewards = [i for i, stage in enumerate(self.stages) if isinstance(stage, RewardModelStage)]
         if self.reward.model == "trained" and not trains_rewards:
             raise ValueError("reward.model is `trained`, and no stage is a reward_model: add one, or give a folder")

@@ -1,6 +1,7 @@
 """A causal LM as the learner and the reference see it: token log-probs and entropy at chosen positions."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,11 @@ def flash_rows(
     positions_S = torch.cat([rows_BL.flatten() for rows_BL in packed.rows])
     q, k, v = (_take(positions_S, _table(x), x.shape[1]) for x in (query_1HUD, key_1KUD, value_1KUD))
     longest = packed.rows[0].shape[1]
+    # Up to torch 2.11 the kernel takes fewer key heads without being told.
+    told = {"enable_gqa": heads != kv_heads} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     out_SHD = varlen_attn(
         q, k, v, packed.starts_R, packed.starts_R, longest, longest,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=heads != kv_heads,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **told,
     )  # fmt: skip
     assert isinstance(out_SHD, Tensor)
     return _take(packed.home_U, out_SHD.flatten(1), heads)[None]

@@ -51,6 +51,11 @@ class LayerwiseTransfer(WeightTransferEngine):
     def shutdown(self) -> None:
         pass
 
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """Abstract up to vLLM 0.26; nobody calls it: the learner publishes to the weight store."""
+        raise NotImplementedError
+
 
 def refresh_tied_head(model: Any) -> None:
     """Pack the output head again when it shares the embedding's weight.
