@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.buffer import Buffer
 from actors.faults import Stuck, backoff, cause_of, is_death, is_infra, named, tried, within
+from actors.feedback import FeedbackGenerator
 from actors.generator import UNPUBLISHED, Generator, Loaded
 from actors.learner import LearnerRank, StepResult, What
 from actors.learner_group import LearnerGroup
@@ -57,6 +58,7 @@ class Company:
     store: Any = None
     buffer: Any = None
     generators: list[Any] = field(default_factory=list)
+    feedback: list[Any] = field(default_factory=list)
     workers: list[Any] = field(default_factory=list)
     rewards: list[Any] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)
@@ -91,6 +93,8 @@ class Company:
             name=self.store_name, namespace=self.namespace, max_restarts=_FOR_EVER, **free
         ).remote(c.weights.full_every)
         self.generators = [self.make("generator", i) for i in range(c.generator.count)]
+        if c.needs_feedback_model:
+            self.feedback = [self.make("feedback", i) for i in range(c.feedback_actor.count)]
         self.workers = [self.make("rollout", i) for i in range(c.rollout.count)]
         self.rewards = [self.make("reward", i) for i in range(c.reward_actor.count)]
         if c.needs_reference:
@@ -113,6 +117,7 @@ class Company:
         await asyncio.gather(
             ready("learner", self.learner.open(model, probe)),
             *(ready("generator", self._opened(g, lambda g=g: g.open.remote(model))) for g in self.generators),
+            *(ready("feedback", self._opened(f, lambda f=f: self._open_feedback(f))) for f in self.feedback),
             *(ready("reference", r.load.remote(model)) for r in self.references),
             *(ready("reward", r.status.remote()) for r in self.rewards),
         )
@@ -133,7 +138,8 @@ class Company:
         c = self.config
         cls, arguments, more = {
             "generator": (Generator, (c, self.device, self.store_name, self.namespace), _MANY_CALLS),
-            "rollout": (RolloutWorker, (c, self.generators), _MANY_CALLS),
+            "feedback": (FeedbackGenerator, (c.of_feedback, self.device, "", ""), _MANY_CALLS),
+            "rollout": (RolloutWorker, (c, self.generators, self.feedback), _MANY_CALLS),
             "reward": (Reward, (c,), None),
             "reference": (Reference, (c, self.device), None),
             "learner": (LearnerRank, (c, self.device, index), None),
@@ -147,6 +153,9 @@ class Company:
     def _supervise(self) -> None:
         for generator in self.generators:
             self.keep_generator(generator)
+        for actor in self.feedback:
+            life = self._lives.get(actor)
+            self.supervisor.keep("feedback", actor, lambda actor=actor: self._open_feedback(actor), life)
         for worker in self.workers:
             self.keep_worker(worker)
         self.supervisor.keep("store", self.store, self._refill_store)
@@ -177,6 +186,9 @@ class Company:
         # the others have been told yet, unless they are to sample from an older version.
         while loaded != UNPUBLISHED and (loaded < self.wanted or loaded > self.wanted != self.version):
             loaded = (await generator.load.remote(self.wanted)).version
+
+    async def _open_feedback(self, actor: Any) -> None:
+        await actor.open.remote(self.config.env.feedback.model)
 
     async def open_worker(self, worker: Any) -> None:
         await worker.use.remote(self.generators)
@@ -319,7 +331,7 @@ class Company:
 
     async def statuses(self) -> list[dict[str, Any]]:
         """Of every actor that answers."""
-        actors = [*self.generators, *self.workers, *self.rewards, *self.references, *self.learner.ranks]
+        actors = [*self.generators, *self.feedback, *self.workers, *self.rewards, *self.references, *self.learner.ranks]
         calls = [within(_STATUS_S, a.status.remote()) for a in [*actors, self.store, self.buffer]]
         found = await asyncio.gather(*calls, return_exceptions=True)
         return [status for status in found if isinstance(status, dict)]

@@ -250,15 +250,16 @@ def check_roles(config: Config, room: Room) -> Iterator[Check]:
 
 
 def check_model(config: Config) -> Iterator[Check]:
-    """Whether the model is here. A hub id is looked for in the local cache only."""
+    """Whether every model is here. A hub id is looked for in the local cache only."""
     if config.model.scratch:
         yield Check("model", True, "made from scratch by the run")
-    named = (config.model.path, config.reference.source if config.needs_reference else None)
+    feedback = config.env.feedback.model if config.needs_feedback_model else None
+    named = (config.model.path, config.reference.source if config.needs_reference else None, feedback)
     for path in (p for p in named if p not in (None, "stage_start", "initial")):
         try:
             folder = locate_model(path)
         except ValueError as error:
-            yield Check("model", False, str(error), "correct model.path, or put the model there")
+            yield Check("model", False, str(error), "correct the path, or put the model there")
             continue
         if folder:
             yield Check("model", True, f"{path} lies in {folder}" if str(folder) != path else path)
@@ -270,15 +271,11 @@ def check_model(config: Config) -> Iterator[Check]:
 
 def check_gpu_memory(config: Config, size: Size, room: Room) -> Iterator[Check]:
     """What one GPU of each role must hold. All numbers are estimates."""
-    g, c = config.generator, config.learner
-    weights = size.parameters * DTYPE_BYTES[config.generator_dtype] / g.tensor_parallel
-    # Keys and values of one sequence of full length, with four query heads to a key head.
-    one = 64 * size.layers**2 * DTYPE_BYTES[config.generator_dtype] * config.model.max_length / g.tensor_parallel
-    wanted = (weights + one) / g.gpu_memory_utilization
-    left = max(0.0, room.gpu_bytes * g.gpu_memory_utilization - weights)
-    detail = f"weights {_gib(weights)}, KV cache {_gib(one)} a sequence of {config.model.max_length} tokens"
-    detail += f", room for {left / one:.0f} of them" if room.gpu_bytes else ""
-    yield _gpu_check("generator", wanted, detail, room, "generator.tensor_parallel, or a smaller model.max_length")
+    c = config.learner
+    yield _engine_check("generator", config, size, room, "generator.tensor_parallel, or a smaller model.max_length")
+    if config.needs_feedback_model and (other := model_size(config.of_feedback)):
+        remedy = "feedback_actor.tensor_parallel, or a smaller env.feedback.max_length"
+        yield _engine_check("feedback", config.of_feedback, other, room, remedy)
     states, activations = learner_state_bytes(config, size), activation_bytes(config, size, backward=True)
     slack = 4e9 if c.zero_stage == 3 else 1e9  # parameters gathered, a sub-group's step in fp32
     detail = f"states {_gib(states)} (ZeRO-{c.zero_stage} over {c.count}), micro-batch {_gib(activations)}"
@@ -288,6 +285,18 @@ def check_gpu_memory(config: Config, size: Size, room: Room) -> Iterator[Check]:
         held = size.parameters * DTYPE_BYTES[config.learner_dtype]
         wanted = held + activation_bytes(config, size, backward=False)
         yield _gpu_check("reference", wanted, f"weights {_gib(held)}", room, "a smaller learner.micro_batch_tokens")
+
+
+def _engine_check(role: str, config: Config, size: Size, room: Room, remedy: str) -> Check:
+    g, each = config.generator, DTYPE_BYTES[config.generator_dtype] / config.generator.tensor_parallel
+    weights = size.parameters * each
+    # Keys and values of one sequence of full length, with four query heads to a key head.
+    one = 64 * size.layers**2 * each * config.model.max_length
+    wanted = (weights + one) / g.gpu_memory_utilization
+    left = max(0.0, room.gpu_bytes * g.gpu_memory_utilization - weights)
+    detail = f"weights {_gib(weights)}, KV cache {_gib(one)} a sequence of {config.model.max_length} tokens"
+    detail += f", room for {left / one:.0f} of them" if room.gpu_bytes else ""
+    return _gpu_check(role, wanted, detail, room, remedy)
 
 
 def _gpu_check(role: str, wanted: float, detail: str, room: Room, remedy: str) -> Check:

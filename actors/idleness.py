@@ -5,7 +5,7 @@ from typing import Any
 
 from actors.company import Company
 
-_ROLES = ("generator", "rollout", "reward", "reference", "learner")
+_ROLES = ("generator", "feedback", "rollout", "reward", "reference", "learner")
 
 
 class Idleness:
@@ -25,6 +25,8 @@ class Idleness:
                 continue
             busy, passed = (status[key] - then[key] for key in ("busy_s", "clock_s"))
             idle[status["role"]].append(1 - busy / passed)
+            if status["role"] != "generator":
+                continue
             hits += status.get("prefix_hits", 0) - then.get("prefix_hits", 0)
             queries += status.get("prefix_queries", 0) - then.get("prefix_queries", 0)
         self._before = {status["pid"]: status for status in statuses}

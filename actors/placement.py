@@ -16,7 +16,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.role import CALL_LOG, bound_threads, keep_memory
-from rl.config import Config, Role
+from rl.config import Config, EngineConfig, Role
 
 _MINIMUM_CPU = 0.01  # a bundle must ask for something
 _ROOM_S = 60.0
@@ -50,6 +50,9 @@ def demands(config: Config) -> list[Demand]:
     wanted = [of("generator", g, g.gpus * g.tensor_parallel), of("learner", config.learner)]
     if config.needs_reference:
         wanted.append(of("reference", config.reference))
+    if config.needs_feedback_model:
+        f = config.feedback_actor
+        wanted.append(of("feedback", f, f.gpus * f.tensor_parallel))
     return [*wanted, of("rollout", config.rollout), of("reward", config.reward_actor)]
 
 
@@ -129,8 +132,9 @@ class Placement:
 
     def options(self, role: str, index: int, **more: Any) -> dict[str, Any]:
         """Ray options of one actor: its bundle and its threads."""
-        spec: Role = self.config.reward_actor if role == "reward" else getattr(self.config, role)
-        gpus = spec.gpus * (self.config.generator.tensor_parallel if role == "generator" else 1)
+        section = f"{role}_actor" if role in ("reward", "feedback") else role
+        spec: Role = getattr(self.config, section)
+        gpus = spec.gpus * (spec.tensor_parallel if isinstance(spec, EngineConfig) else 1)
         memory = {} if gpus else keep_memory()
         return {
             "num_cpus": max(spec.cpus, _MINIMUM_CPU),

@@ -1,6 +1,7 @@
 """What can be checked before a run writes anything: each fault is one ConfigError that says what to change."""
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
@@ -49,20 +50,24 @@ def choose_device(config: Config) -> str:
         device = "cuda" if config.generator.gpus > 0 or config.learner.gpus > 0 else "cpu"
     if device == "cuda" and config.learner.gpus == 0:
         raise ConfigError("device is cuda and learner.gpus is 0: give generator, learner and reference their gpus")
+    if device == "cuda" and config.needs_feedback_model and config.feedback_actor.gpus == 0:
+        raise ConfigError("device is cuda and feedback_actor.gpus is 0: give the actors that give feedback their gpus")
     if device == "cpu" and config.placement.time_share:
         raise ConfigError("placement.time_share takes turns on GPUs, and the device is cpu: set it to false")
     return device
 
 
 def check_model(config: Config) -> None:
-    """Raises ConfigError when the model is missing or its chat template cannot be used."""
-    if config.model.scratch is not None:
-        return
+    """Raises ConfigError when a model is missing or its chat template cannot be used."""
     from rl.chat import TemplateError
     from rl.pretrained import ModelNotFound, find_model, load_codec
 
+    models = [*([] if config.model.scratch else [config.model])]
+    if config.needs_feedback_model:
+        models.append(config.of_feedback.model)
     try:
-        load_codec(config.model)
+        for model in models:
+            load_codec(model)
         if config.needs_reference and config.reference.source not in ("stage_start", "initial"):
             find_model(config.reference.source)
     except (ModelNotFound, TemplateError) as error:
@@ -70,13 +75,18 @@ def check_model(config: Config) -> None:
 
 
 def check_world(config: Config) -> None:
-    """The environment, its demonstrations and the reward function can be loaded."""
+    """The environment, its demonstrations and the reward function can be loaded; who gives feedback can be asked."""
+    from actors.feedback import missing_key
     from actors.reward import reward_function
     from rl.data_stage import BUILT_IN
     from rl.demonstration import read_rows
     from rl.env import Demonstrator, load_object
     from rl.fitting import open_world
 
+    key = config.env.feedback.key_variable
+    # The processes of a cluster that runs already have the environment of its own nodes.
+    if config.env.feedback.on and key and not os.environ.get(key) and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(missing_key(key))
     try:
         world = asyncio.run(open_world(config))
         world.source.task("train", 0)

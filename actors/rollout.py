@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+from actors.feedback import make_teacher
 from actors.generator_pool import GeneratorPool
 from actors.role import AsyncRole
 from rl.chat import ChatCodec
@@ -16,6 +17,7 @@ from rl.data_stage import Example, Material, build, completed
 from rl.demonstration import demonstrate, encode_pairs, encode_rows
 from rl.env import Demonstrator, World
 from rl.episode import Episode, GroupRequest, Identity, Limits, run_episode
+from rl.feedback import played
 from rl.policy import Sampling
 from rl.pretrained import load_tokenizer
 from rl.task import Task
@@ -27,19 +29,25 @@ class RolloutWorker(AsyncRole):
 
     role = "rollout"
 
-    def __init__(self, config: Config, generators: Sequence[Any]):
+    def __init__(self, config: Config, generators: Sequence[Any], feedback: Sequence[Any] = ()):
+        """feedback: the actors that give it, where a checkpoint does."""
         super().__init__()
         self._config = config
         self._world = World(config.env, config.run.seed)
         self._limits = Limits(config.env.max_turns, config.model.max_length)
+        self._feedback = feedback
         self._policy = GeneratorPool(generators, config.faults.patience_s)
         self._open = asyncio.Event()
         self._slots = asyncio.Semaphore(config.rollout.episodes_in_flight)
 
     async def open(self, model_path: str) -> None:
-        """Take the model's tokenizer and chat template."""
+        """Take the model's tokenizer and chat template.
+
+        Raises ValueError when who is to give feedback cannot be asked.
+        """
         tokenizer = load_tokenizer(model_path, trust_remote_code=self._config.model.trust_remote_code)
         self._codec = ChatCodec(tokenizer, keep_sampled_turns=self._config.model.keep_sampled_turns)
+        self._teacher = make_teacher(self._config, self._feedback)
         self._open.set()
 
     async def ready(self) -> None:
@@ -66,16 +74,19 @@ class RolloutWorker(AsyncRole):
         return [summarise(e, t) for e, t in zip(episodes, trajectories, strict=True)], list(episodes), trajectories
 
     async def _one(self, request: GroupRequest, sampling: Sampling, sample: int) -> Episode:
+        limits = replace(self._limits, max_turns=request.max_turns or self._limits.max_turns)
+        identity = Identity(request.stage, request.step, request.task.id, sample, request.attempt)
+        seed = self._config.run.seed
         async with self._slots:
             return await run_episode(
-                self._world.env(),
+                played(self._world, self._teacher, identity=identity, max_turns=limits.max_turns, seed=seed),
                 request.task,
                 self._policy,
                 self._codec,
                 sampling=sampling,
-                limits=replace(self._limits, max_turns=request.max_turns or self._limits.max_turns),
-                identity=Identity(request.stage, request.step, request.task.id, sample, request.attempt),
-                seed=self._config.run.seed,
+                limits=limits,
+                identity=identity,
+                seed=seed,
                 condition=request.condition,
             )
 

@@ -240,3 +240,11 @@ def _describe_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     if messages and messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning and the end of a text, `most` characters of it."""
+    if len(text) <= most:
+        return text
+    head = most - most // 2
+    return f"{text[:head]}\n[{len(text) - most} characters left out]\n{text[len(text) - most // 2 :]}"

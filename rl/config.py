@@ -83,7 +83,9 @@ class Role(Strict):
     threads: PositiveInt = 1
 
 
-class GeneratorConfig(Role):
+class EngineConfig(Role):
+    """An actor with a vLLM engine."""
+
     cpus: float = Field(default=0.5, ge=0)
     threads: PositiveInt = 2
     dtype: Dtype | None = None
@@ -93,6 +95,9 @@ class GeneratorConfig(Role):
     max_sequences: PositiveInt = 128
     enforce_eager: bool | None = None
     """No compilation, no CUDA graphs. Default: on CPU, where compiling takes longer than most runs save by it."""
+
+
+class GeneratorConfig(EngineConfig):
     swap: Literal["drain", "continue"] = "drain"
 
 
@@ -199,6 +204,8 @@ class Config(Strict):
     rollout: RolloutConfig = RolloutConfig()
     reference: ReferenceConfig = ReferenceConfig()
     reward_actor: Role = Role(cpus=0.1)
+    feedback_actor: EngineConfig = EngineConfig()
+    """Where env.feedback.source is checkpoint."""
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
     placement: PlacementConfig = PlacementConfig()
@@ -253,6 +260,25 @@ class Config(Strict):
     @property
     def probe_bound(self) -> float:
         return self.weights.probe_bound or (1e-3 if self.generator_dtype == self.learner_dtype == "float32" else 0.1)
+
+    @property
+    def needs_feedback_model(self) -> bool:
+        return self.env.feedback.on and self.env.feedback.source == "checkpoint"
+
+    @property
+    def of_feedback(self) -> "Config":
+        """What a feedback actor runs under: its model and its engine's settings in the place of the generators'."""
+        feedback, engine = self.env.feedback, self.feedback_actor
+        model = ModelConfig(
+            path=feedback.model,
+            dtype=self.model.dtype,
+            max_length=feedback.max_length,
+            trust_remote_code=self.model.trust_remote_code,
+            keep_sampled_turns=True,  # each of its prompts is one turn
+        )
+        learner = self.learner.model_copy(update={"lora": None})
+        alone = self.placement.model_copy(update={"time_share": False})
+        return self.model_copy(update={"model": model, "generator": engine, "learner": learner, "placement": alone})
 
     @property
     def needs_reference(self) -> bool:

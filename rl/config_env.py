@@ -1,13 +1,89 @@
 """The environments' settings. Imports no torch."""
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rl.config_base import Strict
 
 
-class CalculatorConfig(Strict):
+class FeedbackConfig(Strict):
+    """Feedback on every turn but an episode's last, as part of what the turn is answered with (rl/feedback.py).
+
+    The settings and types of MINT (https://arxiv.org/abs/2309.10691). source: who gives it: `rules`, the environment's
+    own, `checkpoint`, a model that feedback actors serve, or `endpoint`, a URL that answers like OpenAI's chat
+    completions.
+    """
+
+    setting: Literal["none", "no_GT", "GT"] = "none"
+    """GT: who gives feedback knows the ground truth, and is asked not to disclose it."""
+    type: Literal["textual", "binary"] = "textual"
+    """binary: "This is GOOD." or "This is BAD.", and nothing else."""
+    source: Literal["rules", "checkpoint", "endpoint"] = "rules"
+    model: str | None = None
+    """checkpoint: as model.path. endpoint: the model's name there."""
+    url: str | None = None
+    """endpoint: up to and without /chat/completions."""
+    key_variable: str | None = None
+    """endpoint: the environment variable, of the rollout workers' processes, that holds the API key. Default: none."""
+    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: PositiveInt = 512
+    max_length: PositiveInt = 4096
+    """Tokens of a prompt and its answer. A longer episode is cut in its middle (endpoint: three characters a token)."""
+    timeout_s: PositiveFloat = 60.0
+    """endpoint: of one request."""
+    attempts: PositiveInt = 6
+    """endpoint: requests that fail by status 429, 5xx or a broken connection before the episode is given up."""
+    parallel: PositiveInt = 32
+    """endpoint: requests of one rollout worker at the same time; others wait."""
+
+    @field_validator("key_variable")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
+            raise ValueError("the name of an environment variable, such as OPENAI_API_KEY, and never the key itself")
+        return name
+
+    @field_validator("url")
+    @classmethod
+    def _without_secrets(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("a URL such as https://api.openai.com/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("a URL without user, password or query, which would be stored: use key_variable")
+        return url.rstrip("/") if url else None
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> "FeedbackConfig":
+        if self.source == "checkpoint" and self.model is None:
+            raise ValueError("source checkpoint needs `model`: a folder or a hub id, as model.path")
+        if self.source == "endpoint" and (self.model is None or self.url is None):
+            raise ValueError("source endpoint needs `url`, such as https://api.openai.com/v1, and a `model`'s name")
+        given = [name for name in ("url", "key_variable") if getattr(self, name) is not None]
+        if self.source != "endpoint" and given:
+            raise ValueError(f"{' and '.join(given)}: only for source endpoint, and source is {self.source}")
+        if self.max_length < self.max_tokens + 128:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no room for a prompt beside max_tokens {self.max_tokens}: "
+                f"at least {self.max_tokens + 128}"
+            )
+        return self
+
+    @property
+    def on(self) -> bool:
+        return self.setting != "none"
+
+
+class EnvSettings(Strict):
+    """What every environment has."""
+
+    feedback: FeedbackConfig = FeedbackConfig()
+
+
+class CalculatorConfig(EnvSettings):
     """Arithmetic with a calculator tool that takes one binary operation a call (rl/envs/calculator.py)."""
 
     name: Literal["calculator"]
@@ -27,7 +103,7 @@ class CalculatorConfig(Strict):
         return self
 
 
-class ReasoningGymConfig(Strict):
+class ReasoningGymConfig(EnvSettings):
     """Tasks of a reasoning-gym generator, with the calculator tool (rl/envs/reasoning.py)."""
 
     name: Literal["reasoning_gym"]
@@ -41,7 +117,7 @@ BadRows = Literal["refuse", "skip"]
 """What becomes of a run with rows that are no tasks, or whose question does not fit model.max_length."""
 
 
-class RowsConfig(Strict):
+class RowsConfig(EnvSettings):
     """Prompts of one's own, from JSONL or Parquet rows with `prompt` (text or messages) and `answer`."""
 
     name: Literal["rows"]
@@ -52,7 +128,7 @@ class RowsConfig(Strict):
     max_turns: PositiveInt = 1
 
 
-class GymnasiumConfig(Strict):
+class GymnasiumConfig(EnvSettings):
     """A Gymnasium environment of choices or texts (rl/envs/gymnasium.py)."""
 
     name: Literal["gymnasium"]
@@ -66,7 +142,7 @@ class GymnasiumConfig(Strict):
     max_turns: PositiveInt = 20
 
 
-class CustomEnvConfig(Strict):
+class CustomEnvConfig(EnvSettings):
     """An environment class of one's own; `args` is handed to it as it stands.
 
     path: a dotted path, or the name under which an installed package has it as an entry point of `repertory.envs`.
@@ -108,7 +184,7 @@ class DatasetConfig(Strict):
     weight: PositiveFloat = 1.0
 
 
-class PythonConfig(Strict):
+class PythonConfig(EnvSettings):
     """Questions that are answered with the help of Python, run in a sandbox (rl/envs/python.py).
 
     The questions: `datasets`, a mix of reasoning-gym generators, or `prompts`, rows as of the `rows` environment.
@@ -148,6 +224,12 @@ class PythonConfig(Strict):
             raise ValueError(
                 "style tags says which solutions are wrong while the episode is played, on an event loop, where "
                 "math-verify cannot bound its time: set max_solutions to 1, or play `datasets`"
+            )
+        if self.prompts is not None and self.feedback.setting == "GT" and self.feedback.source == "rules":
+            raise ValueError(
+                "feedback by rules with the ground truth says which outputs are right while the episode is played, on "
+                "an event loop, where math-verify cannot bound its time: use source checkpoint or endpoint, setting "
+                "no_GT, or play `datasets`"
             )
         return self
 

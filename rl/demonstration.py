@@ -13,6 +13,7 @@ from rl.chat import ChatCodec
 from rl.data_stage import Example
 from rl.env import Demonstrator, World
 from rl.episode import Identity, Limits, run_episode
+from rl.feedback import played
 from rl.policy import Sampling, ScriptedPolicy
 from rl.task import Task, derive_seed
 from rl.trajectory import Trajectory, to_trajectory
@@ -33,9 +34,9 @@ async def demonstrate(
     rng = random.Random(derive_seed("demonstration", seed, task.id))
     guess = rng.random() < guess_fraction
     policy = ScriptedPolicy(codec, world.source.demonstrate(task, rng, guess))
-    episode = await run_episode(
-        world.env(), task, policy, codec, sampling=Sampling(), limits=limits, identity=Identity(-1, 0, task.id)
-    )
+    identity = Identity(-1, 0, task.id)
+    env = played(world, None, identity=identity, max_turns=limits.max_turns, seed=seed)
+    episode = await run_episode(env, task, policy, codec, sampling=Sampling(), limits=limits, identity=identity)
     return to_trajectory(episode)
 
 

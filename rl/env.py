@@ -97,6 +97,23 @@ class CutsTurns(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Hint:
+    """How a turn went, in a word and in a sentence or two."""
+
+    good: bool
+    text: str
+
+
+@runtime_checkable
+class Hints(Protocol):
+    """An environment that can say how the turn that it has just answered went: feedback by rules."""
+
+    def hint(self, truth: bool) -> Hint:
+        """truth: held against the task's answer, which the text must not hold; else by the turn alone."""
+        ...
+
+
 _BUILT_IN = {
     "calculator": "rl.envs.calculator.Calculator",
     "gymnasium": "rl.envs.gymnasium.Gymnasium",
@@ -146,6 +163,12 @@ class World:
     def __init__(self, config: EnvConfig, seed: int):
         path = config.path if isinstance(config, CustomEnvConfig) else _BUILT_IN[config.name]
         self._cls: Any = load_env(path)
+        self.feedback = config.feedback
+        if self.feedback.on and self.feedback.source == "rules" and not hasattr(self._cls, "hint"):
+            raise ValueError(
+                f"env.feedback.source: rules are an environment's own, and {config.name} has none (a method `hint`, "
+                "rl/env.py: Hints): use checkpoint or endpoint"
+            )
         self.settings: Any = dict(config.args) if isinstance(config, CustomEnvConfig) else config
         self.source: TaskSource = self._cls.tasks(self.settings, seed)
         self.default_reward: str | None = getattr(self._cls, "reward", None)

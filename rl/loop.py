@@ -27,6 +27,7 @@ from rl.engine import Engine, EngineOptions
 from rl.env import World, load_object
 from rl.episode import Episode, Identity, Limits, run_episode
 from rl.evaluate import Outcome, Report, report
+from rl.feedback import played
 from rl.gradient import TorchTrainer, optimizer_step
 from rl.model import LogprobHead, TokenScorer, frozen_scores, load_causal_lm
 from rl.objective import PolicyGradient, Supervised, to_metrics
@@ -53,6 +54,8 @@ class Loop:
     def __init__(self, config: Config, folder: Path):
         self.config, self.seed = config, config.run.seed
         self.world = World(config.env, self.seed)
+        if self.world.feedback.on and self.world.feedback.source != "rules":
+            raise ValueError("feedback by a model is not on this page: use `repertory train`")
         model = prepare_model(config.model, self.world, self.seed, folder / "initial")
         self.codec = ChatCodec(load_tokenizer(model), keep_sampled_turns=config.model.keep_sampled_turns)
         self.scorer = TokenScorer(load_causal_lm(model, config.learner_dtype))
@@ -164,7 +167,7 @@ class Loop:
         return await asyncio.gather(
             *(
                 run_episode(
-                    self.world.env(),
+                    played(self.world, None, identity=identity, max_turns=self.limits.max_turns, seed=self.seed),
                     task,
                     EnginePolicy(self.engine),
                     self.codec,

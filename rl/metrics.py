@@ -23,6 +23,7 @@ def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]])
     n = max(1, len(scores))
     mean = sum(s.total for s in scores) / n
     flags = Counter(flag for s in summaries for flag in set(s.flags))
+    told = sorted(flag for flag in flags if flag.startswith("feedback"))
     parts = {name for s in scores for name in s.parts}
     return {
         **{f"reward/{p}": sum(s.parts.get(p, 0.0) for s in scores) / n for p in sorted(parts)},
@@ -35,7 +36,8 @@ def rollout_metrics(groups: Sequence[tuple[Sequence[Summary], Sequence[Score]]])
         "observation_length/mean": sum(s.observation_tokens for s in summaries) / n,
         "episode_length/mean": sum(s.tokens for s in summaries) / n,
         "num_turns/mean": sum(s.turns for s in summaries) / n,
-        **{f"flags/{name}": flags[name] / n for name in ("truncated", "tool_error", "void")},
+        **{f"flags/{name}": flags[name] / n for name in ("truncated", "tool_error", "void", *told)},
+        **({"num_feedback/mean": sum(s.flags.count("feedback") for s in summaries) / n} if told else {}),
         "stop/done": sum(s.stop_reason == "done" for s in summaries) / n,
     }
 

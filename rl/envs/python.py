@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
+from rl.chat import shortened
 from rl.config_env import DatasetConfig, PythonConfig, ReasoningGymConfig, RowsConfig, SandboxConfig
-from rl.env import Action, Message, Observation, Step
+from rl.env import Action, Hint, Message, Observation, Step
 from rl.envs import reasoning
+from rl.envs.python_hints import LIMITS, Played, hint
 from rl.envs.python_solutions import SOLUTIONS
 from rl.envs.rows import RowsTasks
 from rl.episode import Episode, StopReason
@@ -33,15 +35,10 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
     },
 }
-_LIMITS = {
-    "wall": "it took too long",
-    "cpu": "it took too much processor time",
-    "memory": "it took too much memory",
-    "processes": "it started too many processes or threads",
-    "file_size": "it wrote too much to files",
-    "open_files": "it opened too many files",
-    "output": "it printed too much",
-}
+
+
+_JUDGED_CHARS = 2000
+"""A longer output is no answer: scorers read it on the event loop."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +273,9 @@ class Python:
         self._style = _STYLES[config.style]()
         self._session: Session | None = None
         self._calls = self._solutions = self._turns = 0
+        self._last = Played()
+        self._results: dict[str, Result] = {}
+        """What the code of the turns before gave."""
 
     async def reset(self, task: Task) -> Observation:
         self._task = task
@@ -292,6 +292,7 @@ class Python:
     async def step(self, action: Action) -> Step:
         self._turns += 1
         move = self._style.move(action)
+        self._last = Played(move.code, move.answer)
         if move.answer is not None:
             return await self._answered(move.answer)
         if move.code is not None:
@@ -301,6 +302,16 @@ class Python:
         if self._config.void_turn == "stop":
             return Step(Observation([]), done=True, info={"flags": ["void"]})
         return self._shown("none. Write code in a ```python block, or the answer in \\boxed{}.", ["void"])
+
+    def hint(self, truth: bool) -> Hint:
+        return hint(self._last, self._is_right() if truth else None)
+
+    def _is_right(self) -> bool:
+        """Whether the last turn's answer, or what its code printed or printed last, is the task's."""
+        result = self._last.result
+        shown = (self._last.answer or (result.output if result is not None and result.ok else "")).strip()
+        read = {text for text in (shown, *shown.splitlines()[-1:]) if 0 < len(text) <= _JUDGED_CHARS}
+        return any(right(self._task, text) >= 1 for text in read)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -316,6 +327,8 @@ class Python:
         result = await self._session.run(code, echo=self._config.style == "tags")
         if not self._config.stateful:
             await self._session.close()
+        self._last = Played(code, result=result, repeated=self._results.get(code) == result)
+        self._results[code] = result
         flags = [] if result.ok else ["tool_error"]
         if self._config.answer_in_output and boxed(result.output) is not None:
             seen = self._style.shown(result.output)
@@ -351,15 +364,7 @@ def said(result: Result, config: PythonConfig) -> str:
         error = error.splitlines()[-1]
     parts = [shortened(part, config.output_chars) for part in (output, error) if part]
     if result.limit is not None and result.exit is None:
-        parts.append(f"The code was stopped: {_LIMITS[result.limit]}.")
+        parts.append(f"The code was stopped: {LIMITS[result.limit]}.")
     elif result.exit is None:
         parts.append("The code was killed.")
     return "\n".join(parts) or "[Executed Successfully with No Output]"
-
-
-def shortened(text: str, most: int) -> str:
-    """The beginning and the end of a text, `most` characters of it."""
-    if len(text) <= most:
-        return text
-    head = most - most // 2
-    return f"{text[:head]}\n[{len(text) - most} characters left out]\n{text[len(text) - most // 2 :]}"
