@@ -239,7 +239,7 @@ async def test_feedback_is_in_the_context_and_not_trained_on_and_shows_in_metric
     for k in (0, 1):
         after = (t.turn == k) & ~t.loss_mask
         assert "Expert feedback: Zebra." in codec.text(t.tokens[after]) and np.all(t.logprobs[after] == 0)
-    summary, score = summarise(episode, t), Score(0.0, False, {})
+    summary, score = summarise(episode, t), Score(0.0, {}, False)
     metrics = rollout_metrics([([summary], [score])])
     assert metrics["num_feedback/mean"] == 2 and metrics["flags/feedback"] == 1
     assert to_row(episode, t, score, 0.0)["turn_flags"] == [["feedback"], ["feedback"], []]
