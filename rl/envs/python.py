@@ -35,8 +35,6 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
     },
 }
-
-
 _JUDGED_CHARS = 2000
 """A longer output is no answer: scorers read it on the event loop."""
 

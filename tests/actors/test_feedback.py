@@ -17,6 +17,8 @@ import ray
 import torch
 from conftest import started, wait_until
 
+from actors.doctor import Room, Size, check_gpu_memory
+from actors.doctor import check_model as doctor_check_model
 from actors.faults import is_infra
 from actors.feedback import Endpoint, FeedbackGenerator, make_teacher
 from actors.placement import demands
@@ -272,6 +274,12 @@ def test_the_role_is_asked_for_where_a_model_gives_feedback_and_only_there(confi
     with pytest.raises(ConfigError, match=r"feedback_actor\.gpus is 0"):
         choose_device(config.model_copy(update={**cuda, "feedback_actor": two.model_copy(update={"gpus": 0})}))
     assert choose_device(config.model_copy(update=cuda)) == "cuda"
+    qwen = config.env.model_copy(update={"feedback": config.env.feedback.model_copy(update={"model": "a/Qwen-7B"})})
+    large = config.model_copy(update={"env": qwen})
+    found = {c.name: c for c in check_gpu_memory(large, Size(1e6, 1000, ""), Room("here", 1, 1, 4 << 30, 0))}
+    assert found["generator memory"].ok and not found["feedback memory"].ok, "7e9 parameters do not go into 4 GiB"
+    assert "env.feedback.max_length" in found["feedback memory"].remedy
+    assert "a/Qwen-7B" in [c.found.split()[0] for c in doctor_check_model(large)]
 
 
 def test_a_run_with_feedback_outlives_who_gives_it_and_trains_on_none_of_it(config, folder, tmp_path):
