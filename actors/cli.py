@@ -1,6 +1,7 @@
 """The `repertory` command."""
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -47,16 +48,61 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    what: Annotated[Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="A checkpoint or run folder, or a YAML")],
-    overrides: Overrides = None,
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT|RUN|CONFIG... [key.sub=value]...",
+            help="Checkpoint or run folders, or a YAML, whose initial model it is then. Several are evaluated on the "
+            "first one's tasks. Settings change all of them: the evaluation is stages.0",
+        ),
+    ],
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Also evaluate models that OpenAI's chat completions serve at, for example, http://localhost:8000/v1. "
+            "A YAML then only says what is played. Needs no GPU, Ray or vLLM here.",
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A model at the endpoint; give it again for another one.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="VAR", help="The environment variable with its key, which is written nowhere.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Episodes at a time at the endpoint.")] = 16,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="Twice each: with env.feedback as it is set, and with none. Shows Δ.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what the same command has finished before: whole evaluations, and single episodes of an endpoint.",
+        ),
+    ] = False,
 ) -> None:
-    """Evaluate a checkpoint (or a configuration's initial model) on held-out tasks, sampled and greedy.
+    """Evaluate checkpoints, runs and served models on held-out tasks, sampled and greedy, side by side.
 
     Example:  repertory eval runs/quickstart/checkpoints/latest stages.0.n=100 env.max_digits=5
-    """
-    from actors.launch import evaluation_config, run_training
 
-    run_training(evaluation_config(what, overrides or []), console)
+              repertory eval runs/seed-0 runs/seed-1 stages.0.samples=8
+
+              repertory eval configs/quickstart.yaml --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-4B
+
+    Each leaves a run folder with report.json, eval.jsonl and every episode, for `repertory view` and `compare`. An
+    episode that could not be played or graded counts as neither success nor failure, and is told.
+    """
+    from actors.eval_command import Asked, run_evaluations
+
+    named, overrides = [], []
+    for one in what:
+        is_setting = re.match(r"[\w.]+=", one) and not Path(one).exists()
+        overrides.append(one) if is_setting else named.append(Path(one))
+    if not named:
+        raise ConfigError("name a checkpoint, a run or a configuration to evaluate, before the settings")
+    asked = Asked(named, overrides, endpoint, model or [], api_key_env, parallel, feedback, resume)
+    run_evaluations(asked, console)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ Trained = SftStage | PreferenceStage | RewardModelStage | RlStage
 async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Trained | None) -> dict[str, Any]:
     """An eval stage. Returns its line of eval.jsonl."""
     tasks = _tasks(run, stage)
-    reports = []
+    reports, started = [], time.perf_counter()
     for name, temperature in [("sampled", stage.temperature), *([("greedy", 0.0)] if stage.greedy else [])]:
         samples = stage.samples if name == "sampled" else 1
         requests = [GroupRequest(index, 0, task, samples, condition=stage.condition) for task in tasks]
@@ -33,6 +34,7 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
         reports.append(_report(run, played))
     line = {**_where(run, index, stage, trained), **asdict(reports[0])}
     line["success_greedy"] = reports[1].success if stage.greedy else None
+    line["wall_s"] = time.perf_counter() - started
     return line
 
 

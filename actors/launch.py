@@ -13,7 +13,7 @@ from rich.console import Console
 from actors.run_folder import owning, stop_is_wished, take_scale_wish, write_scaled, write_status
 from rl import checkpoint
 from rl.config import Config, FaultsConfig
-from rl.config_file import ConfigError, dump_config, load_config
+from rl.config_file import ConfigError, dump_config
 from rl.metrics import read_lines
 
 NAMESPACE = "repertory"
@@ -172,36 +172,3 @@ def _cause(error: Any, folder: Path) -> str:
 
     cause = cause_of(error)
     return f"the run ended: {type(cause).__name__}: {cause}\nThe run's log: {folder / 'logs' / 'run.log'}"
-
-
-def evaluation_config(what: Path, overrides: list[str]) -> Config:
-    """The configuration of an evaluation-only run of a checkpoint, a run's newest checkpoint, or a configuration.
-
-    Raises ConfigError when `what` is none of them.
-    """
-    from rl.config import ModelConfig
-    from rl.config_stage import EvalStage
-
-    if what.is_file():
-        base, model = load_config(what), None
-    else:
-        folder = what if (what / "repertory.yaml").is_file() else checkpoint.newest(what)
-        if folder is None or not (folder / "repertory.yaml").is_file():
-            raise ConfigError(f"{what}: neither a configuration, nor a checkpoint, nor a run with a checkpoint")
-        base, model = load_config(folder / "repertory.yaml"), folder.resolve()
-    stage = next((s for s in base.stages if isinstance(s, EvalStage)), EvalStage(kind="eval"))
-    name, number = f"{base.run.name}-eval", 1
-    while (Path(base.run.root) / f"{name}-{number}").exists():
-        number += 1
-    changes: dict[str, Any] = {"run": base.run.model_copy(update={"name": f"{name}-{number}"}), "stages": [stage]}
-    if model is not None:
-        changes["model"] = ModelConfig(**{**base.model.model_dump(), "path": str(model), "scratch": None})
-    return _with_overrides(base.model_copy(update=changes), overrides)
-
-
-def _with_overrides(config: Config, overrides: list[str]) -> Config:
-    from rl.config_file import apply_overrides, validate
-
-    data = config.model_dump(mode="json")
-    apply_overrides(data, overrides)
-    return validate(data, "evaluation", overridden=[o.partition("=")[0] for o in overrides])

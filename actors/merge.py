@@ -135,7 +135,8 @@ def held_out_success(model: Path, like: Path, n: int | None) -> tuple[float, Pat
     An evaluation run like that of `repertory eval`, in a Ray of its own and without the greedy half. n: how many tasks;
     default: as many as the evaluation has.
     """
-    from actors.launch import evaluation_config, run_training
+    from actors.eval_command import evaluation_config
+    from actors.launch import run_training
 
     config = evaluation_config(like, [])
     changes = {"greedy": False, "split": "held_out"} | ({"n": n} if n else {})

@@ -77,11 +77,11 @@ def check_model(config: Config) -> None:
 def check_world(config: Config) -> None:
     """The environment, its demonstrations and the reward function can be loaded; who gives feedback can be asked."""
     from actors.feedback import missing_key
-    from actors.reward import reward_function
     from rl.data_stage import BUILT_IN
     from rl.demonstration import read_rows
     from rl.env import Demonstrator, load_object
     from rl.fitting import open_world
+    from rl.reward import reward_function
 
     key = config.env.feedback.key_variable
     # The processes of a cluster that runs already have the environment of its own nodes.

@@ -10,15 +10,8 @@ from typing import Any
 
 from actors.role import Role
 from rl.config import Config
-from rl.env import World, load_object
 from rl.episode import Episode
-from rl.reward import RewardFunction, Score
-
-
-def reward_function(config: Config) -> RewardFunction:
-    """The configured function, or the environment's own rule, or nothing beyond what the environment gave."""
-    path = config.reward.function or World(config.env, config.run.seed).default_reward
-    return load_object(path) if path else lambda task, episode: 0.0
+from rl.reward import Score, reward_function
 
 
 class Reward(Role):

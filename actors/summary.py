@@ -58,7 +58,7 @@ def evaluation_table(evaluations: list[dict[str, Any]]) -> Table:
             f"{e['success_low']:.3f}-{e['success_high']:.3f}" if told else "",
             greedy,
             f"{e['mean_turns']:.2f}",
-            f"{e['mean_tokens']:.0f}" if told else "",
+            f"{e['mean_tokens']:.0f}" if told and e["mean_tokens"] is not None else "",
             f"{e['tool_errors']:.1%}" if told else "",
         )
     return table

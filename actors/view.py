@@ -103,7 +103,7 @@ def header(run: Path, config: Row, metrics: Sequence[Row], evaluations: Sequence
     else:
         out.append(f"at stage {current + 1} of {len(stages)}", "yellow")
     last = max([*metrics, *evaluations], key=lambda line: line["step"], default=None)
-    if last:
+    if last and last["version"] >= 0:
         out.append(f" · {last['step']} optimizer steps · weight version {last['version']}")
         newest = max(p.stat().st_mtime for p in (run / "metrics.jsonl", run / "eval.jsonl") if p.is_file())
         out.append(f" · last written {_ago(time.time() - newest)}")
@@ -293,7 +293,7 @@ def turn_facts(row: Row, k: int, reads: Reads) -> Text:
     """Turn k's tokens, versions, log-probs, reward and flags in a line."""
     at = [i for i, turn in enumerate(row["turn"]) if turn == k and row["loss_mask"][i]]
     out = Text.assemble((f"turn {k + 1}", "bold"), f" · {len(at)} tokens")
-    if at:
+    if at and row["tokens"][at[0]] >= 0:  # an endpoint's tokens are counted and not known
         versions = dict.fromkeys(row["versions"][i] for i in at)
         least = min(at, key=lambda i: row["logprobs"][i])
         mean = sum(row["logprobs"][i] for i in at) / len(at)

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rl.env import Action, Message, ToolCall
 
@@ -38,6 +38,26 @@ _PROBES = (
     _Probe("whitespace", "\n one 1 \n", "strips whitespace from earlier assistant turns"),
     _Probe("reasoning", "<think>two</think>one 1", "strips reasoning from earlier assistant turns"),
 )
+
+
+class Codec(Protocol):
+    """What an episode needs to turn messages into ids and back: `ChatCodec`, or rl/text_codec.py for text alone."""
+
+    @property
+    def end_of_turn(self) -> int: ...
+
+    @property
+    def end_text(self) -> str: ...
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]: ...
+
+    def observation(self, messages: Sequence[Message]) -> list[int]: ...
+
+    def action(self, token_ids: Sequence[int], truncated: bool = False) -> Action: ...
+
+    def text(self, token_ids: Sequence[int], *, special: bool = False) -> str: ...
+
+    def first(self, token_ids: Sequence[int], characters: int) -> int: ...
 
 
 class ChatCodec:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from rl.chat import ChatCodec
+from rl.chat import Codec
 from rl.env import CutsTurns, Env, Message
-from rl.policy import Completion, Policy, Sampling
+from rl.policy import Completion, ContextFull, Policy, Sampling
 from rl.task import BadTask, Task, derive_seed
 
 
@@ -113,7 +113,7 @@ async def run_episode(
     env: Env,
     task: Task,
     policy: Policy,
-    codec: ChatCodec,
+    codec: Codec,
     *,
     sampling: Sampling,
     limits: Limits,
@@ -141,7 +141,11 @@ async def run_episode(
             asked = sampling.with_(
                 seed=turn_seed, max_tokens=min(sampling.max_tokens, room), stop=(codec.end_of_turn, *sampling.stop)
             )
-            completion = await policy.act(context, asked, identity.session)
+            try:
+                completion = await policy.act(context, asked, identity.session)
+            except ContextFull:
+                episode.stop_reason = StopReason.MAX_TOKENS
+                break
             completion = _cut(completion, env, codec)
             cut = completion.finish_reason == "length"
             ids = completion.token_ids
@@ -185,7 +189,7 @@ def check_fits(task: Task, prompt_ids: Sequence[int], max_length: int) -> None:
         )
 
 
-def _cut(completion: Completion, env: Env, codec: ChatCodec) -> Completion:
+def _cut(completion: Completion, env: Env, codec: Codec) -> Completion:
     """The tokens of a turn up to where the environment ends it."""
     if not isinstance(env, CutsTurns):
         return completion

@@ -38,9 +38,16 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
+class ContextFull(Exception):
+    """A policy whose context has a limit of its own: the next turn has no room in it."""
+
+
 class Policy(Protocol):
     async def act(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
-        """Samples the next turn after `token_ids`. `session` names the episode, for prefix-cache affinity."""
+        """Samples the next turn after `token_ids`. `session` names the episode, for prefix-cache affinity.
+
+        Raises ContextFull when it could not, for want of room.
+        """
         ...
 
 

@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from rl.config import Config
+from rl.env import World, load_object
 from rl.episode import Episode, StopReason
 from rl.task import Task
 
@@ -39,6 +41,12 @@ class Score:
         parts = {k: float(v) for k, v in parts.items()}
         total = sum(parts.values()) + episode.turn_reward
         return Score(total, parts, total >= success_at)
+
+
+def reward_function(config: Config) -> RewardFunction:
+    """The configured function, or the environment's own rule, or nothing beyond what the environment gave."""
+    path = config.reward.function or World(config.env, config.run.seed).default_reward
+    return load_object(path) if path else lambda task, episode: 0.0
 
 
 def final_answer(task: Task, episode: Episode) -> float:
