@@ -78,7 +78,7 @@ def evaluate(
         bool,
         typer.Option(
             "--resume",
-            help="Keep what the same command has finished before: whole evaluations, and single episodes of an endpoint.",
+            help="Keep what the same command has finished before: whole evaluations, and an endpoint's episodes.",
         ),
     ] = False,
 ) -> None:

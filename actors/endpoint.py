@@ -148,7 +148,7 @@ class Client:
                 raise EndpointError(self._clean(f"{self.endpoint} has failed for {failed_s:.0f} s: {why}"))
             self.retries += 1
             # At random, so that the many do not return as one.
-            backoff_s = min(_LONGEST_WAIT_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
+            backoff_s = min(_LONGEST_WAIT_S, 0.25 * 2**attempt) * random.uniform(0.5, 1.5)
             await asyncio.sleep(min(_LONGEST_WAIT_S, max(wait, backoff_s)))
         raise AssertionError("the loop does not end")
 

@@ -46,6 +46,8 @@ class Grader:
         async with self._turn:
             for attempt in range(1, self._config.faults.attempts + 1):
                 try:
+                    if self._process is None:
+                        await asyncio.wait_for(self._start(), self._config.faults.start_s)
                     answer = await asyncio.wait_for(self._asked(episode), deadline_s)
                 except TimeoutError:
                     await self._end()
@@ -63,11 +65,9 @@ class Grader:
                 raise NotGraded(answer)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _asked(self, episode: Episode) -> Any:
-        if self._process is None:
-            await self._start()
+    async def _asked(self, value: Any) -> Any:
         assert self._process is not None and self._process.stdin and self._process.stdout
-        self._process.stdin.write(_framed(episode))
+        self._process.stdin.write(_framed(value))
         await self._process.stdin.drain()
         (length,) = _HEAD.unpack(await self._process.stdout.readexactly(_HEAD.size))
         return pickle.loads(await self._process.stdout.readexactly(length))
@@ -82,8 +82,7 @@ class Grader:
                 sys.executable, "-P", "-m", "actors.grader",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment,
             )  # fmt: skip
-        assert self._process.stdin
-        self._process.stdin.write(_framed(self._config))
+        await self._asked(self._config)  # answered when the function is loaded, which takes its time
 
     async def _end(self) -> int | None:
         process, self._process = self._process, None
@@ -117,17 +116,18 @@ def serve() -> None:
     os.dup2(2, 1)  # what a function prints is no answer
     config: Config = _read(source)
     function = reward_function(config)
+    answer: Any = None
     while True:
+        out.write(_framed(answer))
+        out.flush()
         try:
             episode = _read(source)
         except EOFError:
             return
         try:
-            answer: Any = Score.of(function, episode, config.reward.success_at)
+            answer = Score.of(function, episode, config.reward.success_at)
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
-        out.write(_framed(answer))
-        out.flush()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""An OpenAI-compatible server over HTTP whose model is the calculator's own demonstrator, with the faults of real ones."""
+"""An OpenAI-compatible server whose models are the calculator's demonstrator, with the faults of real ones."""
 
+import asyncio
 import json
 import re
 import threading
@@ -40,24 +41,24 @@ def demonstrated(question: str, turn: int) -> Message:
 @dataclass
 class Server:
     """says: (question, turn, body) -> a message, or a whole response; fault: (number of the request) -> a response, or
-    none. bodies and answered hold what came in and was answered, played how often a question's turn was."""
+    none. bodies and headers hold what came in, played how often
+    each (model, question, turn, temperature, seed) was answered, most how many were under way at once."""
 
     says: Callable[[str, int, dict[str, Any]], Any] = lambda question, turn, body: demonstrated(question, turn)
     fault: Callable[[int], Response | None] = lambda number: None
+    models: tuple[str, ...] = ("scripted",)
     key: str | None = None
     delay_s: float = 0.0
     usage: bool = True
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-    played: Counter[tuple[str, int, float]] = field(default_factory=Counter)
+    played: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     flying: int = 0
     most: int = 0
     requests: int = 0
 
     async def answer(self, request: Request) -> Response:
-        import asyncio
-
         self.requests += 1
         self.flying += 1
         self.most = max(self.most, self.flying)
@@ -68,7 +69,7 @@ class Server:
             if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
                 told = f"Incorrect API key provided: {request.headers.get('authorization')}"
                 return JSONResponse({"error": {"message": told}}, 401)
-            if body["model"] != "scripted":
+            if body["model"] not in self.models:
                 return JSONResponse({"error": {"message": f"The model `{body['model']}` does not exist"}}, 404)
             if (wrong := self.fault(self.requests)) is not None:
                 return wrong
@@ -78,7 +79,7 @@ class Server:
             said = self.says(question, turn, body)
             if isinstance(said, Response):
                 return said
-            self.played[question, turn, body["temperature"]] += 1
+            self.played[body["model"], question, turn, body["temperature"], body["seed"]] += 1
             return JSONResponse(self.completion(said, turn))
         finally:
             self.flying -= 1
