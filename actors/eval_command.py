@@ -145,6 +145,9 @@ def _served(target: Target, asked: Asked, model: str) -> Target:
         raise ConfigError("reward.model scores token ids, and an endpoint gives none: add reward.model=null")
     if len(config.stages) != 1 or not isinstance(config.stages[0], EvalStage):
         raise ConfigError("an evaluation has one stage, an eval stage")
+    feedback = getattr(config.env, "feedback", None)
+    if feedback is not None and feedback.setting != "none":
+        raise ConfigError("an endpoint's episodes are played without env.feedback: set env.feedback.setting=none")
     try:
         World(config.env, config.run.seed)
         reward_function(config)

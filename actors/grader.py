@@ -40,18 +40,18 @@ class Grader:
         await self._end()
 
     async def score(self, episode: Episode) -> Score:
-        """Raises NotGraded: at once when the function raises or takes longer than faults.deadline_s, after
+        """Raises NotGraded: at once when the function raises or takes longer than faults.grading_s, after
         faults.attempts when the process dies at it."""
-        deadline_s = self._config.faults.deadline_s
+        grading_s = self._config.faults.grading_s
         async with self._turn:
             for attempt in range(1, self._config.faults.attempts + 1):
                 try:
                     if self._process is None:
                         await asyncio.wait_for(self._start(), self._config.faults.start_s)
-                    answer = await asyncio.wait_for(self._asked(episode), deadline_s)
+                    answer = await asyncio.wait_for(self._asked(episode), grading_s)
                 except TimeoutError:
                     await self._end()
-                    raise NotGraded(f"it took longer than faults.deadline_s = {deadline_s:g} s") from None
+                    raise NotGraded(f"it took longer than faults.grading_s = {grading_s:g} s") from None
                 except (asyncio.IncompleteReadError, ConnectionError):
                     code = await self._end()
                     if attempt == self._config.faults.attempts:

@@ -223,7 +223,7 @@ def test_what_cannot_be_graded_is_no_failure(tmp_path, run, how, monkeypatch):
     """Every third task's grader fails, and then works: what was played is graded, and not played again."""
     mark = tmp_path / "mended"
     monkeypatch.setenv("GRADING_MENDED", str(mark))
-    more = ["stages.0.n=12", "stages.0.greedy=false", f"reward.function=grading.{how}", "faults.deadline_s=2"]
+    more = ["stages.0.n=12", "stages.0.greedy=false", f"reward.function=grading.{how}", "faults.grading_s=2"]
     with serving(Server()) as server:
         code, out, err = run(server, *more)
         assert code == 0, out + err
