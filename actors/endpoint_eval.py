@@ -55,6 +55,11 @@ class EndpointEvaluation:
         self._began = time.monotonic() - self._records.elapsed_s
 
     @property
+    def left_out(self) -> list[str]:
+        """What was wrong with rows that are no tasks."""
+        return getattr(self._world.source, "left_out", [])
+
+    @property
     def wanted(self) -> int:
         return len(self._wanted)
 

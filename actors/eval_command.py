@@ -209,7 +209,7 @@ def _is_of(folder: Path, config: Config) -> bool:
     there, here = yaml.safe_load(path.read_text()), config.model_dump(mode="json")
     for settings in (there, here):
         settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("name", "overwrite")}
-        del settings["faults"]  # how patiently it is made changes nothing of it
+        settings.pop("faults", None)  # how patiently it is made changes nothing of it
     return there == here
 
 
@@ -252,6 +252,9 @@ def _play_endpoint(config: Config, endpoint: Endpoint, parallel: int, resume: bo
             (folder / "config.yaml").write_text(dump_config(config))
             evaluation = EndpointEvaluation(config, endpoint, folder, parallel)
             kept = evaluation.kept
+            if evaluation.left_out:
+                told = f"left out: {len(evaluation.left_out)} bad rows; {evaluation.left_out[0]}"
+                console.print(told, highlight=False, soft_wrap=True, markup=False)
             try:
                 with _progress(evaluation, str(endpoint), console):
                     asyncio.run(evaluation.run())

@@ -205,6 +205,7 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path, run, monkeypatch):
             (Server(url="localhost:8000"), (), "give a URL like"),
             (closed, ("faults.patience_s=1",), "ConnectError"),
             (server, ("reward.model=/tmp", "stages.0.n=1"), "reward.model"),
+            (server, ("--feedback",), "--feedback compares an environment's feedback with none"),
         ):
             code, out, err = run(asked, *more)
             assert code == 2 and says in err and err.startswith("error:") and "Traceback" not in out + err, err

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, SMALL, Run, full_softmax_logprobs, repertory
 
 from rl.checkpoint import newest, read_state
+from rl.config_file import load_config
 from rl.metrics import read_lines
 from rl.trajectory import read_parquet
 
