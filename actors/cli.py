@@ -90,8 +90,8 @@ def evaluate(
 
               repertory eval configs/quickstart.yaml --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-4B
 
-    Each leaves a run folder with report.json, eval.jsonl and every episode, for `repertory view` and `compare`. An
-    episode that could not be played or graded counts as neither success nor failure, and is told.
+    Each leaves a run folder with report.json, eval.jsonl and every episode, for `repertory view` and `compare`.
+    What could not be played or graded counts as neither success nor failure, and is told.
     """
     from actors.eval_command import Asked, run_evaluations
 

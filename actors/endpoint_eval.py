@@ -36,7 +36,7 @@ _UNBOUNDED = 2**31
 
 
 class EndpointEvaluation:
-    """One evaluation in its run folder. wanted, done, kept, successes count episodes; `told` is called after each."""
+    """One evaluation in its run folder. wanted, done and kept count episodes; `told` is called after each."""
 
     def __init__(self, config: Config, endpoint: Endpoint, folder: Path, parallel: int):
         stage = config.stages[0]
@@ -65,15 +65,17 @@ class EndpointEvaluation:
 
     @property
     def kept(self) -> int:
-        return len(self._records.scores)
+        """Those that were paid for, graded or not."""
+        return len(self._records.episodes)
 
     @property
     def done(self) -> int:
-        return self.kept + len(self._dropped)
+        return len(self._records.scores) + len(self._dropped)
 
     @property
-    def successes(self) -> int:
-        return sum(score.success for score in self._records.scores.values())
+    def success(self) -> float:
+        """Of those that are graded so far."""
+        return sum(score.success for score in self._records.scores.values()) / max(1, len(self._records.scores))
 
     async def run(self) -> dict[str, Any]:
         """Play and grade what is not there yet, write the files, and return the line of eval.jsonl.
@@ -99,15 +101,17 @@ class EndpointEvaluation:
         async with self._slots:
             if key not in records.episodes:
                 try:
-                    records.played(key, *await self._played(key, client))
+                    played = await self._played(key, client)
                 except EndpointError:
                     raise
                 except Exception as error:
                     return self._drop(key, "played", error)
+                records.played(key, *played)
             try:
-                records.graded(key, await grader.score(records.episodes[key]), time.monotonic() - self._began)
+                score = await grader.score(records.episodes[key])
             except NotGraded as error:
                 return self._drop(key, "graded", error)
+            records.graded(key, score, time.monotonic() - self._began)
         self.told()
 
     def _drop(self, key: Key, what: str, error: Exception) -> None:

@@ -282,7 +282,7 @@ def _progress(evaluation: EndpointEvaluation, what: str, console: Console) -> It
 
         def told() -> None:
             nonlocal said
-            success = f"{what} · success {evaluation.successes / max(1, evaluation.kept):.1%}"
+            success = f"{what} · success {evaluation.success:.1%}"
             bars.update(bar, completed=evaluation.done, description=escape(success))
             if not console.is_terminal and time.monotonic() - said > _LINE_EVERY_S:
                 said = time.monotonic()
