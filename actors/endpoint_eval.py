@@ -24,6 +24,7 @@ from rl.config_stage import EvalStage
 from rl.env import InfraError, World
 from rl.episode import Episode, Identity, Limits, run_episode
 from rl.evaluate import Outcome, Report, report
+from rl.feedback import Teacher, played
 from rl.policy import Sampling
 from rl.reward import Score
 from rl.task import TaskStream
@@ -43,6 +44,11 @@ class EndpointEvaluation:
         assert isinstance(stage, EvalStage)
         self._config, self._endpoint, self._folder, self._stage = config, endpoint, folder, stage
         self._world = World(config.env, config.run.seed)
+        self._teacher: Teacher | None = None
+        if self._world.feedback.on and self._world.feedback.source == "endpoint":
+            from actors.feedback import make_teacher  # which imports Ray
+
+            self._teacher = make_teacher(config, ())
         self._slots = asyncio.Semaphore(parallel)
         self.told: Callable[[], None] = lambda: None
         size = self._world.source.size(stage.split)
@@ -101,12 +107,12 @@ class EndpointEvaluation:
         async with self._slots:
             if key not in records.episodes:
                 try:
-                    played = await self._played(key, client)
+                    found = await self._played(key, client)
                 except EndpointError:
                     raise
                 except Exception as error:
                     return self._drop(key, "played", error)
-                records.played(key, *played)
+                records.played(key, *found)
             try:
                 score = await grader.score(records.episodes[key])
             except NotGraded as error:
@@ -133,14 +139,15 @@ class EndpointEvaluation:
             top_p=stage.top_p,
             max_tokens=self._config.rollout.max_turn_tokens,
         )
+        most, seed = self._config.env.max_turns, self._config.run.seed
         for attempt in range(self._config.faults.attempts):
             policy = EndpointPolicy(client, TextCodec())
+            identity = Identity(0, 0, task.id, sample, attempt)
+            env = played(self._world, self._teacher, identity=identity, max_turns=most, seed=seed)
             try:
                 episode = await run_episode(
-                    self._world.env(), task, policy, TextCodec(), sampling=sampling,
-                    limits=Limits(self._config.env.max_turns, _UNBOUNDED),
-                    identity=Identity(0, 0, task.id, sample, attempt),
-                    seed=self._config.run.seed, condition=stage.condition,
+                    env, task, policy, TextCodec(), sampling=sampling, limits=Limits(most, _UNBOUNDED),
+                    identity=identity, seed=seed, condition=stage.condition,
                 )  # fmt: skip
                 return episode, policy.usage
             except (InfraError, ConnectionError, TimeoutError) as error:
@@ -183,9 +190,9 @@ class EndpointEvaluation:
             raise ValueError(f"nothing could be evaluated; the last one: {list(self._dropped.values())[-1][1]}")
         rows, outcomes = [], []
         for keys in whole:
-            played = [(self._records.episodes[key], self._records.scores[key]) for key in keys]
-            rows += [to_row(episode, to_trajectory(episode), score, 0.0) for episode, score in played]
-            outcomes.append([_outcome(*one) for one in played])
+            kept = [(self._records.episodes[key], self._records.scores[key]) for key in keys]
+            rows += [to_row(episode, to_trajectory(episode), score, 0.0) for episode, score in kept]
+            outcomes.append([_outcome(*one) for one in kept])
         write_parquet(self._folder / "trajectories" / f"eval-00-{mode}.parquet", rows)
         return report(outcomes, self._config.env.max_turns)
 

@@ -145,9 +145,8 @@ def _served(target: Target, asked: Asked, model: str) -> Target:
         raise ConfigError("reward.model scores token ids, and an endpoint gives none: add reward.model=null")
     if len(config.stages) != 1 or not isinstance(config.stages[0], EvalStage):
         raise ConfigError("an evaluation has one stage, an eval stage")
-    feedback = getattr(config.env, "feedback", None)
-    if feedback is not None and feedback.setting != "none":
-        raise ConfigError("an endpoint's episodes are played without env.feedback: set env.feedback.setting=none")
+    if config.env.feedback.on and config.env.feedback.source == "checkpoint":
+        raise ConfigError("env.feedback.source checkpoint needs engines, and an endpoint's evaluation has none")
     try:
         World(config.env, config.run.seed)
         reward_function(config)
@@ -168,8 +167,7 @@ def _served(target: Target, asked: Asked, model: str) -> Target:
 
 def _with_and_without(target: Target) -> list[Target]:
     """The evaluation, and the same without the environment's feedback. Raises ConfigError when it gives none anyway."""
-    feedback = getattr(target.config.env, "feedback", None)
-    if feedback is None or feedback.setting == "none":
+    if not target.config.env.feedback.on:
         raise ConfigError(
             "--feedback compares an environment's feedback with none, and this one gives none: set env.feedback.setting"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -306,3 +307,24 @@ def test_view_and_compare_read_its_folder(tmp_path, run):
     assert shown.returncode == 0 and "7 tokens" in shown.stdout and "log-prob" not in shown.stdout
     compared = repertory("compare", *folders)
     assert compared.returncode == 0 and "+0.000" in compared.stdout, "the same seeds, the same episodes"
+
+
+def test_what_feedback_is_worth_to_a_model_that_needs_it(tmp_path, run):
+    """It runs code, and then answers right if an expert has spoken."""
+
+    def says(question, turn, body):
+        if turn == 0:
+            return {"content": "```python\nprint(1)\n```"}
+        right = eval(re.findall(r"[\d +*-]+(?= =)", question)[-1])
+        return {"content": f"\\boxed{{{right if 'Expert feedback' in str(body['messages'][-1]) else 'none'}}}"}
+
+    env = "env={name: python, datasets: [{dataset: chain_sum}], feedback: {setting: GT}}"
+    more = (env, "stages.0.n=6", "stages.0.greedy=false", "--feedback")
+    with serving(Server(says=says)) as server:
+        code, out, err = run(server, *more)
+        assert code == 0, out + err
+        played = server.requests
+        assert run(server, *more, "--resume")[0] == 0 and server.requests == played
+    assert "+1.000" in next(line for line in out.splitlines() if "scripted-1: scripted" in line and "+" in line)
+    told = json.loads((tmp_path / "quickstart-eval-scripted-1" / "report.json").read_text())["delta_feedback"]
+    assert told["mean"] == 1.0 and told["n"] == 6
