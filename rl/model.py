@@ -87,7 +87,8 @@ def flash_rows(
     q, k, v = (_take(positions_S, _table(x), x.shape[1]) for x in (query_1HUD, key_1KUD, value_1KUD))
     longest = packed.rows[0].shape[1]
     # Up to torch 2.11 the kernel takes fewer key heads without being told.
-    told = {"enable_gqa": heads != kv_heads} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    wanted = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    told: dict[str, Any] = {"enable_gqa": heads != kv_heads} if wanted else {}
     out_SHD = varlen_attn(
         q, k, v, packed.starts_R, packed.starts_R, longest, longest,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), **told,

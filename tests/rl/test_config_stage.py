@@ -130,7 +130,7 @@ LORA = {"learner": {"lora": {}}}
         ([RL], {"rollout": {"top_p": 0.9}}, r"an rl stage refuses rollout\.top_p and rollout\.top_k: .*bias every"),
         ([SFT, {**RL, "start": 1}], {}, r"stages\[1\]\.start: 1 is not a stage before it that trains\. Those are: 0"),
         ([{**RL, "max_staleness": 1}], {"placement": {"time_share": True}}, r"stages\[0\]\.max_staleness has the gen"),
-        ([SFT], {"placement": {"time_share": True}}, r"placement\.time_share moves .* ZeRO stage 1 on: set learner\.zero_stage to 1 or more"),
+        ([SFT], {"placement": {"time_share": True}}, r"placement\.time_share moves .*zero_stage to 1"),
         ([EVAL, {**RL, "start": 0}], {}, r"stages\[1\]\.start: 0 is not a stage .*: none"),
         ([SFT, RL], {"rollout": {"top_k": 5}}, r"an rl stage refuses rollout\.top_p and rollout\.top_k: .*bias every"),
         (
