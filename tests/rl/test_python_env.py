@@ -216,7 +216,7 @@ def test_a_result_is_shown_in_short():
 
 async def test_a_stuck_call_ends_and_the_episode_goes_on(play):
     turns = [say(fence("x = 1")), say(fence("while True: pass")), say(fence("print(x)")), say("\\boxed{21}")]
-    episode = await play(turns, config(sandbox={"wall_s": 0.5}))
+    episode = await play(turns, config(sandbox={"wall_s": 3}))
     assert seen(episode, 1).endswith("The code was stopped: it took too long.")
     assert "NameError" in seen(episode, 2) and own_answer(TASK, episode) == 1
 
