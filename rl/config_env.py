@@ -142,6 +142,22 @@ class GymnasiumConfig(EnvSettings):
     max_turns: PositiveInt = 20
 
 
+class MultiAgentConfig(EnvSettings):
+    """A game of RLlib's whose speakers say texts; the model in training plays them all (actors/multi_agent.py).
+
+    path: a MultiAgentEnv's dotted path, or the name under which an installed package has it as an entry point of
+    `repertory.envs`; `args` is the config that it is made with.
+    """
+
+    name: Literal["multi_agent"]
+    path: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    instructions: str = ""
+    """Each speaker's first message begins with this."""
+    max_turns: PositiveInt = 20
+    """Of each speaker."""
+
+
 class CustomEnvConfig(EnvSettings):
     """An environment class of one's own; `args` is handed to it as it stands.
 
@@ -235,6 +251,12 @@ class PythonConfig(EnvSettings):
 
 
 EnvConfig = Annotated[
-    CalculatorConfig | ReasoningGymConfig | RowsConfig | PythonConfig | GymnasiumConfig | CustomEnvConfig,
+    CalculatorConfig
+    | ReasoningGymConfig
+    | RowsConfig
+    | PythonConfig
+    | GymnasiumConfig
+    | MultiAgentConfig
+    | CustomEnvConfig,
     Field(discriminator="name"),
 ]

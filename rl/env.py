@@ -41,10 +41,14 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model sees next: messages, and at reset the tools it may call (OpenAI's function schema)."""
+    """What the model sees next: messages, and at reset the tools it may call (OpenAI's function schema).
+
+    over, at reset: the episode is one without a turn. Another speaker has ended it before the model's first.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]] = ()
+    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,19 @@ class Hints(Protocol):
         ...
 
 
+@runtime_checkable
+class ManySpeakers(Protocol):
+    """An environment that several speakers share, one of whom is the episode's. The same policy plays the others."""
+
+    def others(self, task: Task) -> Sequence[tuple[Task, Env]]:
+        """Each other speaker's task, of an id of its own, and its own view of the same game, still to be reset."""
+        ...
+
+
 _BUILT_IN = {
     "calculator": "rl.envs.calculator.Calculator",
     "gymnasium": "rl.envs.gymnasium.Gymnasium",
+    "multi_agent": "actors.multi_agent.MultiAgent",  # the one that needs Ray, and so lies where Ray is
     "python": "rl.envs.python.Python",
     "reasoning_gym": "rl.envs.reasoning.ReasoningGym",
     "rows": "rl.envs.rows.Rows",

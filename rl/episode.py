@@ -1,5 +1,6 @@
 """One task played to its end. The only episode loop: training, evaluation and serving all call `run_episode`."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from rl.chat import Codec
-from rl.env import CutsTurns, Env, Message
+from rl.env import CutsTurns, Env, ManySpeakers, Message
 from rl.policy import Completion, ContextFull, Policy, Sampling
 from rl.task import BadTask, Task, derive_seed
 
@@ -127,7 +128,39 @@ async def run_episode(
 
     The sampling seed of a turn is a function of (seed, task, sample, turn). Raises what the environment or the
     policy raise, and BadTask when the question leaves no room for an answer; the environment is closed in every case.
+
+    Where several speak (`ManySpeakers`), each other one's episode is played beside it: by the same policy under the
+    same limits, in a context of its own. Only this one's is returned, and none is when any of them failed.
     """
+    shared: dict[str, Any] = {"policy": policy, "codec": codec, "sampling": sampling, "limits": limits, "seed": seed}
+    others = env.others(task) if isinstance(env, ManySpeakers) else ()
+    own = _play(env, task, identity=identity, condition=condition, **shared)
+    if not others:
+        return await own
+    beside = [_play(e, t, identity=replace(identity, task=t.id), condition=None, **shared) for t, e in others]
+    speakers = [asyncio.ensure_future(speaker) for speaker in (own, *beside)]
+    try:
+        return (await asyncio.gather(*speakers))[0]
+    finally:
+        for speaker in speakers:
+            if not speaker.cancelling():  # once, or it would not even close its environment
+                speaker.cancel()
+        await asyncio.gather(*speakers, return_exceptions=True)
+
+
+async def _play(
+    env: Env,
+    task: Task,
+    *,
+    policy: Policy,
+    codec: Codec,
+    sampling: Sampling,
+    limits: Limits,
+    identity: Identity,
+    seed: int,
+    condition: str | None,
+) -> Episode:
+    """One speaker's episode."""
     started = time.perf_counter()
     try:
         observation = await env.reset(task)
@@ -135,7 +168,9 @@ async def run_episode(
         context = codec.prompt(opening, observation.tools)
         check_fits(task, context, limits.max_length)
         episode = Episode(identity, task, opening, list(context), codec.end_of_turn, tools=observation.tools)
-        while len(episode.turns) < limits.max_turns:
+        if observation.over:
+            episode.stop_reason = StopReason.DONE
+        while not observation.over and len(episode.turns) < limits.max_turns:
             room = limits.max_length - len(context)
             turn_seed = derive_seed(seed, task.id, identity.sample, len(episode.turns))
             asked = sampling.with_(
