@@ -37,8 +37,9 @@ def make(config: MultiAgentConfig) -> Any:
     cls = load_env(config.path)
     if not (isinstance(cls, type) and issubclass(cls, MultiAgentEnv)):
         raise ValueError(f"env.path: {config.path} is not a MultiAgentEnv of RLlib")
+    made: Any = cls  # the base takes no config, and RLlib gives everyone who derives from it one
     try:
-        return cls(dict(config.args))
+        return made(dict(config.args))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"env.args: {config.path} cannot be made with {config.args}: {error!r}") from error
 

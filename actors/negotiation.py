@@ -21,7 +21,7 @@ from rl.task import held_out
 
 ITEMS = ("book", "hat", "pen", "cup")
 TOTAL = 10
-SPEAKERS = ("first", "second")
+SPEAKERS: tuple[str, str] = ("first", "second")
 _ASPIRATIONS = (7, 6, 5)
 """What a patient speaker asks for with its first words, its second, and from then on."""
 
@@ -75,7 +75,7 @@ class Negotiation(MultiAgentEnv):
     def _opening(self, agent: str) -> str:
         return "Worth to you: " + " ".join(f"{item} {worth}" for item, worth in self.worths[agent].items()) + "."
 
-    def step(self, action_dict: dict[str, str]) -> tuple[dict, dict, dict, dict, dict]:
+    def step(self, action_dict: dict) -> tuple[dict, dict, dict, dict, dict]:
         ((agent, text),) = action_dict.items()
         assert agent == SPEAKERS[self._taken % 2], f"it is not {agent}'s turn"
         other = SPEAKERS[1 - self._taken % 2]

@@ -117,4 +117,4 @@ def test_scripted_speakers():
     assert all(r["first"] >= 0.5 and r["second"] >= 0.5 for r in patient if any(r.values()))
     assert sum(any(r.values()) for r in patient) > 160
     careless = [play(True, seed)[1] for seed in range(200)]
-    assert sum(map(lambda r: sum(r.values()), patient)) > 1.3 * sum(map(lambda r: sum(r.values()), careless))
+    assert sum(sum(r.values()) for r in patient) > 1.3 * sum(sum(r.values()) for r in careless)
