@@ -133,8 +133,8 @@ class _Place:
 class Game:
     """One game, which its speakers' episodes meet in: who is to speak, and what each has been told since it last did.
 
-    When the environment raises, everybody who waits is told so. When somebody leaves in the middle, having no tokens or
-    turns left, the game is over for all, and flagged `truncated`.
+    When somebody leaves in the middle, having no tokens or turns left, the game is over for all, and flagged `truncated`.
+    What the environment raises is raised to whoever has spoken: no episode is made of such a game.
     """
 
     def __init__(self, config: MultiAgentConfig):
@@ -143,7 +143,6 @@ class Game:
         self._spaces: dict[Speaker, spaces.Text] = {}
         self._places: dict[Speaker, _Place] = {}
         self._said: dict[Speaker, str] = {}
-        self._failure: Exception | None = None
         self._closing: asyncio.Future[None] | None = None
         self.to_speak: list[Speaker] = []
 
@@ -168,19 +167,15 @@ class Game:
 
     async def say(self, speaker: Speaker, text: str) -> None:
         """The game goes on when all who are to speak have."""
-        if self._places[speaker].out:
-            return  # somebody left meanwhile
         self._said[speaker] = text
         if self._said.keys() == set(self.to_speak):
             said, self._said = self._said, {}
             await self._advance(lambda: self._env.step(said))
 
     async def told(self, speaker: Speaker) -> _Place:
-        """What the speaker has been told, when it is to speak or is out. Raises what the environment has raised."""
+        """What the speaker has been told, when it is to speak or is out."""
         place = self._places[speaker]
         await place.woken.wait()
-        if self._failure is not None:
-            raise self._failure
         told = replace(place)
         place.seen, place.reward, place.flags = None, 0.0, []
         if not place.out:
@@ -202,14 +197,8 @@ class Game:
         await asyncio.shield(self._closing)  # who is given up while it waits does not take the close with it
 
     async def _advance(self, move: Callable[[], tuple[dict, dict, dict, dict, dict]]) -> None:
-        try:
-            # In a thread: an environment may compute for long, and other episodes are played on this event loop.
-            self._tell(*await asyncio.to_thread(move))
-        except Exception as error:
-            self._failure = error
-            for place in self._places.values():
-                place.woken.set()
-            raise
+        # In a thread: an environment may compute for long, and other episodes are played on this event loop.
+        self._tell(*await asyncio.to_thread(move))
 
     def _tell(self, seen: dict, rewards: dict, terminated: dict, truncated: dict, infos: dict) -> None:
         unknown = (seen.keys() | rewards.keys()) - self._places.keys()

@@ -10,7 +10,7 @@ from conftest import repertory
 from gymnasium import spaces
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 
-from actors.multi_agent import MultiAgent
+from actors.multi_agent import Game, MultiAgent
 from rl.chat import ChatCodec
 from rl.config_env import MultiAgentConfig
 from rl.demonstration import demonstrate
@@ -307,6 +307,29 @@ async def test_one_who_may_not_speak_on_ends_the_game_for_all(codec, index):
     assert len(episode.turns) == 2
     assert (episode.stop_reason, "truncated" in episode.turns[-1].flags) == [
         (StopReason.MAX_TURNS, False), (StopReason.DONE, True)][index]  # fmt: skip
+
+
+async def test_who_is_given_up_while_the_game_is_closed_does_not_take_that_with_it():
+    class Slow(Together):
+        closed = False
+
+        def close(self):
+            time.sleep(0.2)
+            Slow.closed = True
+
+    config = MultiAgentConfig(name="multi_agent", path="test_multi_agent.Together")
+    task, game = World(config, 0).source.task("train", 0), Game(config)
+    await game.begin(task)
+    game._env = Slow({})
+    assert [(await game.told(s)).seen for s in ("ann", "bob")] == ["go", "go"]
+    leaves = asyncio.ensure_future(game.leave("ann"))
+    await asyncio.sleep(0.05)
+    leaves.cancel()
+    await game.say("bob", "hm")
+    told = await game.told("bob")
+    assert told.out and told.flags == ["truncated"], "the others find nobody there"
+    await game.leave("bob")
+    assert Slow.closed and leaves.cancelled()
 
 
 class NoSpeakers(Ring):
