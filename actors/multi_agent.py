@@ -133,8 +133,8 @@ class _Place:
 class Game:
     """One game, which its speakers' episodes meet in: who is to speak, and what each has been told since it last did.
 
-    When somebody leaves in the middle, having no tokens or turns left, the game is over for all, and flagged `truncated`.
-    What the environment raises is raised to whoever has spoken: no episode is made of such a game.
+    When somebody leaves in the middle, having no tokens or turns left, the game is over for all, and flagged
+    `truncated`. What the environment raises is raised to whoever has spoken: no episode is made of such a game.
     """
 
     def __init__(self, config: MultiAgentConfig):
