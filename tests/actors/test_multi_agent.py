@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 
 import numpy as np
@@ -310,12 +311,14 @@ async def test_one_who_may_not_speak_on_ends_the_game_for_all(codec, index):
 
 
 async def test_who_is_given_up_while_the_game_is_closed_does_not_take_that_with_it():
+    begun, go_on = threading.Event(), threading.Event()
+
     class Slow(Together):
         closed = False
 
         def close(self):
-            time.sleep(0.2)
-            Slow.closed = True
+            begun.set()
+            Slow.closed = go_on.wait(20)
 
     config = MultiAgentConfig(name="multi_agent", path="test_multi_agent.Together")
     task, game = World(config, 0).source.task("train", 0), Game(config)
@@ -323,8 +326,10 @@ async def test_who_is_given_up_while_the_game_is_closed_does_not_take_that_with_
     game._env = Slow({})
     assert [(await game.told(s)).seen for s in ("ann", "bob")] == ["go", "go"]
     leaves = asyncio.ensure_future(game.leave("ann"))
-    await asyncio.sleep(0.05)
+    await asyncio.to_thread(begun.wait, 20)
     leaves.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
     await game.say("bob", "hm")
     told = await game.told("bob")
     assert told.out and told.flags == ["truncated"], "the others find nobody there"
