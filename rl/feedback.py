@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from rl.config_env import FeedbackConfig
-from rl.env import Action, CutsTurns, Env, Hints, Message, Observation, Step, World
+from rl.env import Action, CutsTurns, Env, Hints, ManySpeakers, Message, Observation, Step, World
 from rl.episode import Identity
 from rl.task import Task, derive_seed
 
@@ -92,6 +92,16 @@ class WithFeedback:
         self._said += seen
         info = {**step.info, "flags": [*step.info.get("flags", ()), *flags]}
         return replace(step, observation=replace(step.observation, messages=seen), info=info)
+
+    def others(self, task: Task) -> Sequence[tuple[Task, Env]]:
+        """The other speakers' parts, with feedback of their own: who speaks is one policy, and is treated as one."""
+        if not isinstance(self._env, ManySpeakers):
+            return ()
+        more = {"max_turns": self._max_turns, "seed": self._seed}
+        return [
+            (t, WithFeedback(e, self._config, self._teacher, identity=replace(self._identity, task=t.id), **more))
+            for t, e in self._env.others(task)
+        ]
 
     async def close(self) -> None:
         await self._env.close()

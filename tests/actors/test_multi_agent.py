@@ -17,6 +17,7 @@ from rl.config_env import MultiAgentConfig
 from rl.demonstration import demonstrate
 from rl.env import Demonstrator, InfraError, World
 from rl.episode import Episode, Identity, Limits, StopReason, run_episode
+from rl.feedback import played
 from rl.metrics import read_lines
 from rl.policy import Completion, Sampling
 from rl.pretrained import _train_tokenizer
@@ -208,6 +209,37 @@ async def test_a_game_that_ends_before_ones_first_turn_has_none(codec):
     episode = await play(ring(), Says(codec, lambda number, context: "quit"), codec, index=1)
     assert (episode.stop_reason, episode.turns) == (StopReason.DONE, [])
     assert not to_trajectory(episode).loss_mask.any()
+
+
+class Coach:
+    """Tells everyone what it was asked for, and remembers it."""
+
+    def __init__(self):
+        self.sessions = []
+
+    async def answer(self, prompt, session, seed):
+        self.sessions.append(session)
+        return f"Speak up, number {len(self.sessions)}."
+
+
+@pytest.mark.parametrize("index", [0, 1])
+async def test_feedback_is_given_to_every_part(codec, index):
+    config = MultiAgentConfig(
+        name="multi_agent", path="test_multi_agent.Ring",
+        feedback={"setting": "no_GT", "source": "endpoint", "url": "http://none", "model": "m"},
+    )  # fmt: skip
+    world, coach, identity = World(config, 0), Coach(), Identity(0, 0, "t")
+    task = world.source.task("train", index)
+    episode = await asyncio.wait_for(
+        run_episode(
+            played(world, coach, identity=identity, max_turns=9, seed=0), task, Says(codec), codec,
+            sampling=Sampling(max_tokens=20), limits=Limits(9, 3000), identity=identity,
+        ),
+        20,
+    )  # fmt: skip
+    assert len(set(coach.sessions)) == 2, "ann and bob, once each: nobody reads what comes after the last turn"
+    said = [m["content"] for m in episode.turns[0].observation]
+    assert len(said) == 1 and said[0].startswith("round: 1\nheard: ") and "Speak up, number" in said[0]
 
 
 # -- tasks and seeds -----------------------------------------------------------------------------------------------
