@@ -138,7 +138,7 @@ class Company:
         c = self.config
         cls, arguments, more = {
             "generator": (Generator, (c, self.device, self.store_name, self.namespace), _MANY_CALLS),
-            "feedback": (FeedbackGenerator, (c.of_feedback, self.device, "", ""), _MANY_CALLS),
+            "feedback": (FeedbackGenerator, (c, self.device), _MANY_CALLS),
             "rollout": (RolloutWorker, (c, self.generators, self.feedback), _MANY_CALLS),
             "reward": (Reward, (c,), None),
             "reference": (Reference, (c, self.device), None),

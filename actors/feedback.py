@@ -33,9 +33,12 @@ _ONCE_MORE = (408, 409, 429)
 
 
 class FeedbackGenerator(Generator):
-    """A generator of a fixed model. Made with `Config.of_feedback`; no published version concerns it."""
+    """A generator of a fixed model, which no published version concerns."""
 
     role = "feedback"
+
+    def __init__(self, config: Config, device: str):
+        super().__init__(config.of_feedback, device, store="", namespace="")
 
     async def open(self, model_path: str, late: bool = False) -> None:
         """Start the engine on a model, given as model.path is; it takes turns at once."""

@@ -203,7 +203,7 @@ def test_an_endpoint_that_stays_away_ends_the_episode_and_is_no_reward(server, e
 def actor(ray_cluster, config, folder):
     options = {"num_cpus": 0, "max_concurrency": 64, "max_restarts": -1}
     made = remote_class(FeedbackGenerator).options(**options, runtime_env={"env_vars": bound_threads(1)})
-    actor = made.remote(config.of_feedback, "cpu", "", "")
+    actor = made.remote(config, "cpu")
     ray.get(actor.open.remote(folder))
     yield actor
     ray.kill(actor)
