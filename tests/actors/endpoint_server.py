@@ -118,7 +118,8 @@ def broken_off() -> Response:
 @contextmanager
 def serving(server: Server) -> Iterator[Server]:
     app = Starlette(routes=[Route("/v1/chat/completions", server.answer, methods=["POST"])])
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+    # Configuring logs would close the handlers of whatever the other tests import, one of them with pytest's stderr.
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, log_level="critical", lifespan="off")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
