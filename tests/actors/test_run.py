@@ -120,12 +120,12 @@ def test_view_shows_the_run(small_run: Run):
     assert "reward" in done.stdout
 
 
-def test_checkpoints_are_evaluated_side_by_side_and_once(small_run: Run):
+def test_checkpoints_are_evaluated_side_by_side_and_once(small_run: Run, tmp_path):
     newest, *_, oldest = sorted((small_run.folder / "checkpoints").glob("step=*"), key=lambda p: -int(p.name[5:]))
-    asked = ["eval", str(newest), str(oldest), "stages.0.n=4", "env.max_digits=2"]
+    asked = ["eval", str(newest), str(oldest), f"run.root={tmp_path}", "stages.0.n=4", "env.max_digits=2"]
     done = repertory(*asked)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = [small_run.folder.parent / f"small-eval-{i}" for i in (1, 2)]
+    made = [tmp_path / f"small-eval-{i}" for i in (1, 2)]
     for run, model in zip(made, (newest, oldest), strict=True):
         (line,) = read_lines(run / "eval.jsonl")
         assert line["n"] == 4 and line["wall_s"] > 0
@@ -137,7 +137,7 @@ def test_checkpoints_are_evaluated_side_by_side_and_once(small_run: Run):
     assert "SR_8" in done.stdout and "in both" in done.stdout
     again = repertory(*asked, "--resume", timeout=60)
     assert again.returncode == 0 and again.stdout.count("is there already") == 2
-    assert not (small_run.folder.parent / "small-eval-3").exists()
+    assert not (tmp_path / "small-eval-3").exists()
 
 
 def test_a_second_run_on_the_folder_is_refused_and_nothing_is_touched(small_run: Run):
