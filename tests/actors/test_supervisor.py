@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 
 import pytest
 import ray
@@ -14,7 +15,7 @@ from actors.faults import BudgetSpent, Ledger, Stuck, is_death, is_infra, tried,
 from actors.replica_health import ReplicaHealth
 from actors.role import AsyncRole, NotOpen, Role, WatchedRole, remote_class
 from actors.supervisor import Supervisor
-from actors.worker_pool import WorkerPool
+from actors.worker_pool import Ended, WorkerPool
 from rl.config import FaultsConfig
 from rl.env import InfraError
 
@@ -292,6 +293,41 @@ def test_a_worker_that_leaves_ends_what_it_has():
         return order
 
     assert asyncio.run(run()) == ["g0 a", "g1 b", "gone", "g2 a"]
+
+
+def test_with_one_call_at_a_time_a_death_is_the_fault_of_the_call_that_the_worker_had():
+    async def run() -> tuple[int, list[str]]:
+        pool, playing, most = WorkerPool(["a", "b"], most=1), Counter(), 0
+        given: list[str] = []
+
+        async def play() -> None:
+            nonlocal most
+            async with pool.one(False) as worker:
+                given.append(worker)
+                playing[worker] += 1
+                most = max(most, playing[worker])
+                await asyncio.sleep(0.01)
+                playing[worker] -= 1
+
+        await asyncio.gather(*(play() for _ in range(8)))
+        return most, given
+
+    most, given = asyncio.run(run())
+    assert most == 1 and Counter(given) == {"a": 4, "b": 4}
+
+
+def test_a_worker_that_was_ended_gets_nothing_until_it_is_ready_again():
+    async def run() -> bool:
+        ended, alive = Absent(), Absent()
+        pool = WorkerPool([ended, alive], most=1)
+        with pytest.raises(Ended):
+            async with pool.one(False) as worker:
+                assert worker is ended
+                raise Ended("its call did not return")
+        async with pool.one(False) as worker:
+            return worker is alive
+
+    assert asyncio.run(run())
 
 
 def test_nobody_joins_a_suspected_group_at_the_only_worker():

@@ -44,16 +44,21 @@ def chosen(wanted: list[str]) -> list[Stage]:
     return [stages[k] for i in kept for k in (2 * i, 2 * i + 1)]
 
 
-def train(seed: int, stages: list[Stage], name: str) -> list[dict[str, Any]]:
-    """The evaluations of a seed's run, which is made, or finished, unless it is."""
-    run = RUNS / name
-    evaluations = [s for s in stages if isinstance(s, EvalStage)]
-    if len(read_lines(run / "eval.jsonl")) < len(evaluations):
-        command = [sys.executable, "-m", "actors", "train", str(CONFIG), f"run.root={RUNS}", f"run.name={name}"]
+def finished(config: Path, run: Path, evaluations: int, *overrides: str) -> list[dict[str, Any]]:
+    """The evaluations of a run of a configuration, which is made, or gone on with, unless it has so many."""
+    if len(read_lines(run / "eval.jsonl")) < evaluations:
         how = "--resume" if checkpoint.newest(run) else "run.overwrite=true"
-        listed = json.dumps([s.model_dump(mode="json") for s in stages])
-        subprocess.run([*command, how, f"run.seed={seed}", f"stages={listed}"], cwd=ROOT, check=True)
+        command = [sys.executable, "-m", "actors", "train", str(config), how]
+        where = f"run.root={run.parent}", f"run.name={run.name}"
+        subprocess.run([*command, *where, *overrides], cwd=ROOT, check=True)
     return read_lines(run / "eval.jsonl")
+
+
+def train(seed: int, stages: list[Stage], name: str) -> list[dict[str, Any]]:
+    """The evaluations of a seed's run."""
+    listed = json.dumps([s.model_dump(mode="json") for s in stages])
+    evaluations = sum(isinstance(s, EvalStage) for s in stages)
+    return finished(CONFIG, RUNS / name, evaluations, f"run.seed={seed}", f"stages={listed}")
 
 
 def main() -> None:

@@ -3,19 +3,17 @@
 A finished run is not made again, and one that was stopped goes on from its newest checkpoint.
 """
 
-import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from objectives import finished
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import sem, t
 
 from actors.compare import evaluations_of
-from rl import checkpoint
 from rl.evaluate import paired_difference
 from rl.metrics import read_lines
 
@@ -24,22 +22,12 @@ CONFIG = ROOT / "configs" / "smollm2_python.yaml"
 PICTURE = ROOT / "configs" / "smollm2_python.svg"
 RUNS = ROOT / "runs" / "smollm2-python"
 SEEDS = (0, 1, 2)
-_T_TWO = 4.303
-"""Student's t of a two-sided 95 % interval with two degrees of freedom: three seeds."""
-
-
-def train(seed: int) -> Path:
-    """A seed's run, made or finished unless it is."""
-    run = RUNS / f"seed={seed}"
-    if len(read_lines(run / "eval.jsonl")) < 3:
-        how = "--resume" if checkpoint.newest(run) else "run.overwrite=true"
-        command = [sys.executable, "-m", "actors", "train", str(CONFIG), how, f"run.root={RUNS}"]
-        subprocess.run([*command, f"run.name={run.name}", f"run.seed={seed}"], cwd=ROOT, check=True)
-    return run
 
 
 def main() -> None:
-    runs = [train(seed) for seed in SEEDS]
+    runs = [RUNS / f"seed={seed}" for seed in SEEDS]
+    for seed, run in zip(SEEDS, runs, strict=True):
+        finished(CONFIG, run, 3, f"run.seed={seed}")
     table = Table("seed", "plain", "after SFT", "after RL", "RL - SFT, 95 %", "greedy: SFT, RL", "minutes")
     gains = []
     for seed, run in zip(SEEDS, runs, strict=True):
@@ -51,8 +39,8 @@ def main() -> None:
             f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
             f"{sft.line['success_greedy']:.3f}, {rl.line['success_greedy']:.3f}", f"{rl.line['time_s'] / 60:.1f}",
         )  # fmt: skip
-    mean, half = fmean(gains), _T_TWO * stdev(gains) / math.sqrt(len(gains))
-    table.caption = f"RL - SFT over seeds: {mean:+.3f}, 95 % {mean - half:+.3f} to {mean + half:+.3f}"
+    low, high = t.interval(0.95, len(gains) - 1, fmean(gains), sem(gains))
+    table.caption = f"RL - SFT over seeds: {fmean(gains):+.3f}, 95 % {low:+.3f} to {high:+.3f}"
     Console(width=140).print(table)
     PICTURE.write_text(picture(runs))
 
