@@ -26,10 +26,11 @@ from rl.config_algo import AlgoConfig
 from rl.config_stage import ExampleStage
 from rl.credit import Columns, GroupFacts, assign_credit
 from rl.episode import Episode, GroupRequest
+from rl.evaluate import Outcome, outcome_of
 from rl.policy import Sampling
 from rl.reward import Score
 from rl.task import BadTask, Task
-from rl.trajectory import Summary, Trajectory, to_row, write_parquet
+from rl.trajectory import Summary, Trajectory, join_parquet, read_parquet, to_row, write_parquet
 
 log = logging.getLogger("repertory")
 T = TypeVar("T")
@@ -105,16 +106,24 @@ class Buffer(AsyncRole):
         await asyncio.gather(*(tried(lambda _, r=r: r.load.remote(path), self._faults) for r in self._graders.workers))
         self._reward_model = path
 
-    async def play(self, requests: Sequence[GroupRequest], sampling: Sampling) -> Played:
+    async def play(self, requests: Sequence[GroupRequest], sampling: Sampling, files: Sequence[str] = ()) -> Played:
         """Have every group played and scored. A failure of ours is made good; a failing task is dropped, loudly.
 
-        Raises the failure of ours that lasts longer than faults.patience_s.
+        files: for each request, a Parquet file to write as soon as its group is scored. Raises the failure of ours that
+        lasts longer than faults.patience_s.
         """
         self._calls["play"] += 1
         self._owned.free()
         self.progress = (0, len(requests))
         tally = _Tally()
-        results = await asyncio.gather(*(self._group(r, sampling, tally) for r in requests))
+
+        async def one(number: int, request: GroupRequest) -> Group | Dropped:
+            group = await self._group(request, sampling, tally)
+            if files and isinstance(group, Group):
+                await self.write(files[number], [group], [[0.0] * len(group.scores)])
+            return group
+
+        results = await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
         groups = [r for r in results if isinstance(r, Group)]
         dropped = [r for r in results if isinstance(r, Dropped)]
         return Played(groups, dropped, tally.replayed, tally.reward_s)
@@ -283,6 +292,13 @@ class Buffer(AsyncRole):
             trajectories: list[Trajectory] = await group.trajectories
             rows += zip(episodes, trajectories, group.scores, values, strict=True)
         await asyncio.to_thread(lambda: write_parquet(Path(path), [to_row(*row) for row in rows]))
+
+    async def join(self, files: Sequence[str], path: str) -> list[list[Outcome]]:
+        """Groups' files as one, and what came of each group's episodes."""
+        self._calls["join"] += 1
+        parts = [Path(file) for file in files]
+        await asyncio.to_thread(join_parquet, parts, Path(path))
+        return [[outcome_of(row) for row in read_parquet(part)] for part in parts]
 
     async def sample_rows(self, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
         """A few episodes in readable form, for the experiment tracker."""

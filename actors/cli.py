@@ -78,7 +78,7 @@ def evaluate(
         bool,
         typer.Option(
             "--resume",
-            help="Keep what the same command has finished before: whole evaluations, and an endpoint's episodes.",
+            help="Keep what the same command has finished before: whole evaluations, and a part's episodes.",
         ),
     ] = False,
 ) -> None:

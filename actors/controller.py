@@ -19,7 +19,7 @@ from typing import Any
 
 from actors.buffer import Dropped, Group, Played
 from actors.company import Company
-from actors.evaluation import evaluate
+from actors.evaluation import KeptGroups, evaluate
 from actors.example_stage import ExampleLoop
 from actors.faults import named, within
 from actors.idleness import Idleness
@@ -115,7 +115,7 @@ class Controller(AsyncRole):
                 self._stage_step, self._fraction = self.state.stage_step, 0.0
                 if isinstance(stage, EvalStage):
                     self._stage_steps = 1
-                    self.evaluated(await evaluate(self, index, stage, self._trained))
+                    await evaluate(self, index, stage, self._trained)
                     self._stage_step = 1
                     continue
                 self._stage_steps = stage.total_steps
@@ -180,6 +180,7 @@ class Controller(AsyncRole):
             self._initial = await within(config.faults.start_s, starting)
         if self._goes_on:
             forget_after(self.folder, self.state.step if self._resume else -1, self.state.stage)
+            KeptGroups.forget_after(self.folder, self.state.step)
         if self._resume:
             checkpoint.set_aside_after(self.folder, self.state.step)
             done = read_lines(self.folder / "metrics.jsonl")
@@ -203,10 +204,10 @@ class Controller(AsyncRole):
 
     # -- what the stages share -----------------------------------------------------------------------------------
 
-    async def play(self, requests: Sequence[GroupRequest], temperature: float, top_p: float = 1.0) -> Played:
+    async def play(self, requests: Sequence[GroupRequest], temperature: float) -> Played:
         """These groups, while nothing else is done. Raises ValueError when none could be played."""
         with self.timed("generate"), self.working("generator"):
-            played = await self.play_beside(requests, temperature, top_p)
+            played = await self.play_beside(requests, temperature)
         self.timing["reward"] = self.timing.get("reward", 0.0) + played.reward_s
         for dropped in played.dropped:
             self.drop(dropped)
@@ -214,9 +215,9 @@ class Controller(AsyncRole):
             raise ValueError(f"every task of the step failed; the last one: {played.dropped[-1].cause}")
         return played
 
-    async def play_beside(self, requests: Sequence[GroupRequest], temperature: float, top_p: float = 1.0) -> Played:
+    async def play_beside(self, requests: Sequence[GroupRequest], temperature: float) -> Played:
         """The same, beside whatever else goes on. What was dropped is the caller's to count."""
-        sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=self.config.rollout.max_turn_tokens)
+        sampling = Sampling(temperature=temperature, max_tokens=self.config.rollout.max_turn_tokens)
         return await self.company.buffer.play.remote(requests, sampling)
 
     async def begin(self, index: int, stage: TrainingStage) -> None:

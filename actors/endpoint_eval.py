@@ -23,10 +23,9 @@ from rl.config import Config
 from rl.config_stage import EvalStage
 from rl.env import InfraError, World
 from rl.episode import Episode, Identity, Limits, run_episode
-from rl.evaluate import Outcome, Report, report
+from rl.evaluate import Report, outcome_of, report
 from rl.feedback import Teacher, played
 from rl.policy import Sampling
-from rl.reward import Score
 from rl.task import TaskStream
 from rl.text_codec import TextCodec, Usage
 from rl.trajectory import to_row, to_trajectory, write_parquet
@@ -192,15 +191,6 @@ class EndpointEvaluation:
         for keys in whole:
             kept = [(self._records.episodes[key], self._records.scores[key]) for key in keys]
             rows += [to_row(episode, to_trajectory(episode), score, 0.0) for episode, score in kept]
-            outcomes.append([_outcome(*one) for one in kept])
+            outcomes.append([outcome_of(row) for row in rows[-len(keys) :]])
         write_parquet(self._folder / "trajectories" / f"eval-00-{mode}.parquet", rows)
         return report(outcomes, self._config.env.max_turns)
-
-
-def _outcome(episode: Episode, score: Score) -> Outcome:
-    flags = [flag for turn in episode.turns for flag in turn.flags]
-    return Outcome(
-        score.success, len(episode.turns), score.total, sum(len(turn.token_ids) for turn in episode.turns),
-        flags.count("tool_error"), "truncated" in flags, episode.duration_s,
-    )  # fmt: skip
-

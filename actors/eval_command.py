@@ -234,9 +234,7 @@ def _evaluate(target: Target, asked: Asked, console: Console) -> Path:
         return folder
     from actors.launch import run_training
 
-    if begun is not None:  # an evaluation by the actors leaves nothing to go on from
-        config = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
-    run_training(config, console)
+    run_training(config, console, resume=begun is not None)
     if not read_lines(folder / "eval.jsonl"):
         raise ConfigError(f"{folder} was stopped before it had evaluated anything. {_KEPT}")
     return folder

@@ -1,17 +1,22 @@
 """Held-out episodes: an eval stage's, and those that an rl stage plays beside its training."""
 
 import asyncio
+import json
 import logging
+import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.buffer import Group, Played
 from rl import checkpoint
+from rl.config import Config
 from rl.config_stage import EvalStage, PreferenceStage, RewardModelStage, RlStage, SftStage
 from rl.episode import GroupRequest
 from rl.evaluate import Outcome, Report, report
 from rl.metrics import read_lines
+from rl.policy import Sampling
 from rl.task import Task, TaskStream
 
 if TYPE_CHECKING:
@@ -21,21 +26,71 @@ log = logging.getLogger("repertory")
 Trained = SftStage | PreferenceStage | RewardModelStage | RlStage
 
 
-async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Trained | None) -> dict[str, Any]:
-    """An eval stage. Returns its line of eval.jsonl."""
+async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Trained | None) -> None:
+    """An eval stage, up to its line of eval.jsonl. What an earlier attempt at it has finished is not played again."""
     tasks = _tasks(run, stage)
-    reports, started = [], time.perf_counter()
+    kept = KeptGroups(run.folder, index, run.state.step, _settings(run.config, stage))
+    reports = []
     for name, temperature in [("sampled", stage.temperature), *([("greedy", 0.0)] if stage.greedy else [])]:
         samples = stage.samples if name == "sampled" else 1
         requests = [GroupRequest(index, 0, task, samples, condition=stage.condition) for task in tasks]
-        played = await run.play(requests, temperature, stage.top_p)
+        files = [kept.folder / f"{name}-{i:05d}.parquet" for i in range(len(tasks))]
+        left = [i for i, file in enumerate(files) if not file.is_file()]
+        if len(left) < len(tasks):
+            run.say(f"{name}: {len(tasks) - len(left)} of {len(tasks)} tasks were finished before, and are kept")
+        sampling = Sampling(temperature, stage.top_p, run.config.rollout.max_turn_tokens)
+        with run.working("generator"):
+            where = [str(files[i]) for i in left]
+            played = await run.company.buffer.play.remote([requests[i] for i in left], sampling, where)
+        for dropped in played.dropped:
+            run.drop(dropped)
+        there = [str(file) for file in files if file.is_file()]
+        if not there:
+            raise _nothing(played)
         path = run.folder / "trajectories" / f"eval-{index:02d}-{name}.parquet"
-        await run.company.buffer.write.remote(str(path), played.groups, [[0.0] * len(g.scores) for g in played.groups])
-        reports.append(_report(run, played))
+        reports.append(report(await run.company.buffer.join.remote(there, str(path)), run.config.env.max_turns))
     line = {**_where(run, index, stage, trained), **asdict(reports[0])}
     line["success_greedy"] = reports[1].success if stage.greedy else None
-    line["wall_s"] = time.perf_counter() - started
-    return line
+    line["wall_s"] = time.time() - kept.began
+    run.evaluated(line)
+    kept.forget()
+
+
+class KeptGroups:
+    """A folder of an eval stage's finished groups, a Parquet file each, until the stage's line is written.
+
+    began: in seconds since the epoch, as if the stage had not been interrupted.
+    """
+
+    def __init__(self, run: Path, index: int, step: int, settings: dict[str, Any]):
+        """What is there is of the same weights when the step is. It is deleted when it is of other settings."""
+        self.folder = run / "trajectories" / f".eval-{index:02d}.step={step}"
+        self.began = time.time()
+        about = self.folder / "about.json"
+        if about.is_file():
+            known = json.loads(about.read_text())
+            if known["settings"] == settings:
+                self.began -= max(file.stat().st_mtime for file in self.folder.iterdir()) - known["began"]
+            else:
+                self.forget()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_whole(about, {"began": self.began, "settings": settings})
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @staticmethod
+    def forget_after(run: Path, step: int) -> None:
+        """Delete what was played with weights of later steps: they will be others."""
+        for folder in (run / "trajectories").glob(".eval-*.step=*"):
+            if int(folder.name.partition("=")[2]) > step:
+                shutil.rmtree(folder)
+
+
+def _settings(config: Config, stage: EvalStage) -> dict[str, Any]:
+    """What an episode of the stage depends on, but for the weights."""
+    parts = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "env", "reward", "rollout")}
+    return {**parts, "stage": stage.model_dump(mode="json"), "seed": config.run.seed}
 
 
 class Beside:
@@ -106,8 +161,12 @@ def _where(run: "Controller", index: int, stage: EvalStage, trained: Trained | N
 
 def _report(run: "Controller", played: Played) -> Report:
     if not played.groups:
-        raise ValueError(f"every task of the evaluation failed; the last one: {played.dropped[-1].cause}")
+        raise _nothing(played)
     return report([_outcomes(group) for group in played.groups], run.config.env.max_turns)
+
+
+def _nothing(played: Played) -> ValueError:
+    return ValueError(f"every task of the evaluation failed; the last one: {played.dropped[-1].cause}")
 
 
 def _outcomes(group: Group) -> list[Outcome]:

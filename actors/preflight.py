@@ -32,7 +32,10 @@ def preflight(config: Config, console: Console, *, resume: bool) -> str:
 def check_run_folder(config: Config, resume: bool) -> None:
     folder = config.run.dir
     refuse_owned(folder)
-    if resume:
+    if resume and all(stage.kind == "eval" for stage in config.stages):
+        if not folder.is_dir():
+            raise ConfigError(f"--resume: there is no {folder} to go on with")
+    elif resume:
         damaged: list[str] = []
         if checkpoint.newest(folder, damaged.append) is None:
             raise ConfigError("; ".join([f"--resume: {folder} holds no complete checkpoint to go on from", *damaged]))

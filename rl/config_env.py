@@ -173,8 +173,8 @@ class CustomEnvConfig(EnvSettings):
 class SandboxConfig(Strict):
     """wall_s and output_kib are of a call, cpu_s of each process in all its life, the rest of the sandbox.
 
-    memory_mib bounds the address space of each process: at most `processes` times as much in all. file_mib bounds each
-    file, and each of the two places that can be written to, /tmp and /dev/shm, which are memory.
+    memory_mib bounds the address space of each process, and what all processes together hold in memory. file_mib bounds
+    each file, and each of the two places that can be written to, /tmp and /dev/shm, which are memory.
     """
 
     backend: Literal["bubblewrap", "unsafe_local"] = "bubblewrap"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
+from typing import Any
 
 _Z = NormalDist().inv_cdf(0.975)
 """Of a 95 % interval."""
@@ -20,6 +21,15 @@ class Outcome:
     tool_errors: int = 0
     truncated: bool = False
     seconds: float = 0.0
+
+
+def outcome_of(row: Mapping[str, Any]) -> Outcome:
+    """Of an episode as its Parquet row has it (rl/trajectory.py: to_row)."""
+    flags = [flag for turn in row["turn_flags"] for flag in turn]
+    return Outcome(
+        row["success"], len(row["turn_rewards"]), row["reward"], int(sum(row["loss_mask"])),
+        flags.count("tool_error"), "truncated" in flags, row["duration_s"],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ A result is what the code said: its output, error and status are the code's own 
 """
 
 import asyncio
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from typing import Any, Literal
 
 from rl.config_env import SandboxConfig
 from rl.env import InfraError
+from rl.sandbox_watch import usage_of
 
 Limit = Literal["wall", "cpu", "memory", "processes", "file_size", "open_files", "output"]
 
@@ -34,6 +37,8 @@ _INSTALL = (
     "install it (`apt-get install bubblewrap`), allow user namespaces, or, for code that you trust as you trust your "
     "own, say `unsafe_local` in the config"
 )
+_LOOK_S, _IDLE_LOOKS = 0.1, 10
+"""How often it is looked how much a sandbox uses: in a call, and between calls so many times less often."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -124,6 +129,9 @@ class _Process:
     def __init__(self, config: SandboxConfig, process: asyncio.subprocess.Process, pipes: "_Pipes", folder: str | None):
         self._config, self._process, self._pipes, self._folder = config, process, pipes, folder
         self.ended = False
+        self._in_call = False
+        self._looked, self._cpu_s, self._too_large = time.monotonic(), 0.0, False
+        self._watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(cls, config: SandboxConfig) -> "_Process":
@@ -153,6 +161,7 @@ class _Process:
     async def call(self, code: str, echo: bool) -> Result:
         pipes, limit = self._pipes, None
         pipes.begin()
+        self._in_call = True
         text = code.encode("utf-8", "replace")
         line = f"{echo:d} {len(text)}\n".encode() + text
         try:
@@ -160,17 +169,38 @@ class _Process:
                 await asyncio.gather(pipes.send(line), pipes.event.wait())
         except TimeoutError:
             limit = "wall"
-        if limit is None and pipes.flooded:
+        self._in_call = False
+        # What ran on since the last look may have used as much more on every core; the limit counts in coarse ticks.
+        since = (time.monotonic() - self._looked + _LOOK_S) * (os.cpu_count() or 1)
+        busy = self._cpu_s + since >= 0.9 * self._config.cpu_s
+        if self._too_large:
+            limit = "memory"
+        elif limit is None and pipes.flooded:
             limit = "output"
         answer = pipes.answer() if limit is None else None
         if answer is None:  # killed, or it has ended of itself
             self.ended = True
             status = await self._end(limit is not None)
             output, error = pipes.text()
-            return Result(output, error, *_how_it_ended(status, limit, error))
+            return Result(output, error, *_how_it_ended(status, limit, error, busy))
         output, error = pipes.text()
         exit, said = answer
         return Result(output, error, exit, said)
+
+    async def _watch(self) -> None:
+        """End it when all its processes together hold too much memory, which no limit of the system's own bounds."""
+        most = self._config.memory_mib * 2**20
+        for number in itertools.count():
+            await asyncio.sleep(_LOOK_S)
+            if not self._in_call and number % _IDLE_LOOKS:
+                continue
+            usage = usage_of(self._process.pid, most)
+            self._looked, self._cpu_s = time.monotonic(), max(self._cpu_s, usage.cpu_s)
+            if usage.memory > most:
+                self._too_large = True
+                self._kill()
+                self._pipes.event.set()
+                return
 
     async def _end(self, kill: bool) -> int:
         if kill:
@@ -190,6 +220,7 @@ class _Process:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
+        self._watching.cancel()
         self._kill()
         await self._process.wait()
         self._pipes.close()
@@ -292,12 +323,15 @@ def _text(data: bytes | bytearray) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def _how_it_ended(status: int, limit: Limit | None, error: str) -> tuple[int | None, Limit | None]:
-    """Exit status and limit of a process that gave no answer. bubblewrap says 128 + the signal, as a shell does."""
+def _how_it_ended(status: int, limit: Limit | None, error: str, busy: bool) -> tuple[int | None, Limit | None]:
+    """Exit status and limit of a process that gave no answer. bubblewrap says 128 + the signal, as a shell does.
+
+    busy: it had used about as much CPU time as it may.
+    """
     if limit is not None:
         return None, limit
     number = -status if status < 0 else status - 128
-    if number in (signal.SIGXCPU, signal.SIGKILL):
+    if number == signal.SIGXCPU or (number == signal.SIGKILL and busy):
         return None, "cpu"  # at the soft limit, which can be caught, or at the hard one
     if number == signal.SIGXFSZ:
         return None, "file_size"

@@ -166,5 +166,12 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     partial.rename(path)
 
 
+def join_parquet(parts: Sequence[Path], path: Path) -> None:
+    """Several such files as one, in their order, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.concat_tables([pq.ParquetFile(part).read() for part in parts]), partial)
+    partial.rename(path)
+
+
 def read_parquet(path: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()

@@ -1,5 +1,6 @@
 """The recipes on the Python environment, in small, through the whole system: real sandbox, engine and learner."""
 
+import json
 from collections import defaultdict
 
 import numpy as np
@@ -77,3 +78,28 @@ def test_r1_code_interpreter_opens_its_tasks_by_potential_and_masks_what_was_pri
     ]  # fmt: skip
     assert any("Code execution result:" in text for text in printed)
     assert all(line["observation_length/mean"] > 0 for line in lines)
+
+
+def test_mint_states_budgets_and_an_evaluation_tells_what_feedback_is_worth(tmp_path):
+    """Feedback by rules is in the context, and in no loss; `eval --feedback` plays the same tasks with it and without."""
+    _, steps, folder = played(tmp_path, "mint", "stages.2.steps=1")
+    codec = load_tokenizer(newest(folder))
+    told = 0
+    for row in (row for rows in steps for row in rows):
+        mask, turn = np.asarray(row["loss_mask"]), np.asarray(row["turn"])
+        seen = codec.decode(np.asarray(row["tokens"])[~mask & (turn >= 0)])
+        assert seen.count("Expert feedback: ") == sum("feedback" in flags for flags in row["turn_flags"])
+        assert "Expert feedback" not in codec.decode(np.asarray(row["tokens"])[mask])
+        assert ("You have 4 steps left" in seen) == (len(row["turn_flags"]) > 1)
+        told += "Expert feedback: " in seen
+    assert told
+    done = repertory("eval", str(folder), "--feedback", f"run.root={tmp_path}", "stages.0.n=8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Δ feedback" in done.stdout and "SR_5" in done.stdout
+    given, without = (read_parquet(tmp_path / f"r-eval-{i}/trajectories/eval-00-sampled.parquet") for i in (1, 2))
+    assert {row["task"] for row in given} == {row["task"] for row in without} and len(given) == 8
+    assert any("feedback" in flags for row in given for flags in row["turn_flags"])
+    assert not any("feedback" in flags for row in without for flags in row["turn_flags"])
+    report = json.loads((tmp_path / "r-eval-1" / "report.json").read_text())
+    with_it, without_it = (np.mean([row["success"] for row in rows]) for rows in (given, without))
+    assert report["delta_feedback"]["mean"] == pytest.approx(with_it - without_it)

@@ -73,6 +73,18 @@ BOMBS = {
     "memory bomb": (
         "a = bytearray(300 * 2**20)\nprint('reached')", "memory", {"memory_mib": 128}, {"memory_mib": 1024},
     ),
+    "memory bomb in many processes": (
+        "import os, time\nchildren = []\nfor i in range(8):\n    if (child := os.fork()) == 0:\n"
+        "        a = bytearray(60 * 2**20)\n        time.sleep(1.5)\n        os._exit(0)\n    children.append(child)\n"
+        "for child in children: os.waitpid(child, 0)\nprint('reached')",
+        "memory", {"memory_mib": 256}, {"memory_mib": 1024},
+    ),
+    "memory bomb of what detaches itself": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    for i in range(8):\n        if os.fork() == 0:\n"
+        "            a = bytearray(60 * 2**20)\n            time.sleep(1.5)\n            os._exit(0)\n    os._exit(0)\n"
+        "time.sleep(1.5)\nprint('reached')",
+        "memory", {"memory_mib": 256}, {"memory_mib": 1024},
+    ),
     "infinite loop": (
         "import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\nprint('reached')",
         "cpu", {"cpu_s": 1}, {"cpu_s": 10},
@@ -120,6 +132,34 @@ async def test_a_limit_holds_and_is_named(name):
     result = await run(code, SandboxConfig(**wide))
     assert result.output.rstrip().endswith("reached"), (result.output[-80:], result.error)
     assert (result.exit, result.limit) == (0, None)
+
+
+async def test_memory_that_processes_share_counts_once():
+    code = (
+        "import os, time\na = bytearray(b'x') * (120 * 2**20)\nchildren = []\nfor i in range(4):\n"
+        "    if (child := os.fork()) == 0:\n        time.sleep(0.6)\n        os._exit(0)\n    children.append(child)\n"
+        "for child in children: os.waitpid(child, 0)\nprint('reached')"
+    )
+    result = await run(code, SandboxConfig(memory_mib=256))
+    assert (result.output, result.limit) == ("reached\n", None), result
+
+
+async def test_memory_that_grows_between_calls_ends_the_session():
+    code = (
+        "import os, time\nfor i in range(8):\n    if os.fork() == 0:\n        time.sleep(0.3)\n"
+        "        a = bytearray(60 * 2**20)\n        time.sleep(60)\n        os._exit(0)\nprint('started')"
+    )
+    async with Sandbox(SandboxConfig(memory_mib=256)).session() as session:
+        assert (await session.run(code)).output == "started\n"
+        await asyncio.sleep(2.5)
+        result = await session.run("print('reached')")
+        assert (result.output, result.exit, result.limit) == ("", None, "memory")
+        assert (await session.run("print(1)")).output == "1\n"
+
+
+async def test_code_that_kills_itself_has_met_no_limit():
+    result = await run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (result.exit, result.limit) == (None, None)
 
 
 class Listener:
@@ -419,12 +459,12 @@ async def test_a_machine_that_starts_no_process_is_no_result(monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try as another user")
 def test_as_another_user_too(tmp_path):
     """The limits that root needs help with, by a user who is not root."""
-    for name in ("sandbox.py", "sandbox_guest.py", "config_base.py", "config_env.py"):
+    for name in ("sandbox.py", "sandbox_guest.py", "sandbox_watch.py", "config_base.py", "config_env.py"):
         shutil.copy(HERE.parent.parent.parent / "rl" / name, tmp_path)
     text = (tmp_path / "sandbox.py").read_text()
     text = text.replace("from rl.config_env import", "from config_env import")
     text = text.replace("from rl.env import InfraError", "class InfraError(Exception): pass")
-    (tmp_path / "sandbox.py").write_text(text)
+    (tmp_path / "sandbox.py").write_text(text.replace("from rl.sandbox_watch import", "from sandbox_watch import"))
     text = (tmp_path / "config_env.py").read_text()
     (tmp_path / "config_env.py").write_text(text.replace("from rl.config_base import", "from config_base import"))
     (tmp_path / "main.py").write_text(
