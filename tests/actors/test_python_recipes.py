@@ -81,8 +81,8 @@ def test_r1_code_interpreter_opens_its_tasks_by_potential_and_masks_what_was_pri
 
 
 def test_mint_states_budgets_and_an_evaluation_tells_what_feedback_is_worth(tmp_path):
-    """Feedback by rules is in the context, and in no loss; `eval --feedback` plays the same tasks with it and without."""
-    _, steps, folder = played(tmp_path, "mint", "stages.2.steps=1")
+    """Feedback by rules is in the context and in no loss; `eval --feedback` plays the tasks with it and without."""
+    _, steps, folder = played(tmp_path, "mint", "stages.0.steps=40", "stages.2.steps=1")
     codec = load_tokenizer(newest(folder))
     told = 0
     for row in (row for rows in steps for row in rows):

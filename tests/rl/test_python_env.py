@@ -221,6 +221,48 @@ async def test_a_stuck_call_ends_and_the_episode_goes_on(play):
     assert "NameError" in seen(episode, 2) and own_answer(TASK, episode) == 1
 
 
+CHEATS = {
+    "equal to everything": "class Any(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
+    "    def __repr__(self): return '\\\\boxed{' + '7' + '}'\nprint(Any(7))",
+    "success by its status": "import os, sys\nprint('\\\\boxed{7}')\nsys.stdout.flush()\nos._exit(0)",
+    "a patched scorer": "import builtins, sys\nbuiltins.float = lambda x: 21.0\n"
+    "for m in list(sys.modules.values()): m.__dict__.setdefault('score', lambda *a: 1.0)\nprint('\\\\boxed{7}')",
+    "a made-up result": "import os\nfor d in range(1, 20):\n    try: os.write(d, b'0 -\\n\\\\boxed{7}\\n')\n"
+    "    except OSError: pass",
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+async def test_code_does_not_grade_itself(play, name):
+    """What counts is the text of an answer, read outside of the sandbox: 7 is not 21."""
+    settings = config(answer_in_output=True)
+    episode = await play([say(fence(CHEATS[name])), say("\\boxed{7}")], settings)
+    assert "7" in str(final_answer(episode)) and own_answer(TASK, episode) == 0
+    honest = await play([say(fence("print('\\\\boxed{21}')")), say("\\boxed{7}")], settings)
+    assert own_answer(TASK, honest) == 1 and len(honest.turns) == 1
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "unsafe_local"])
+async def test_no_answer_lies_where_code_can_read_it(play, backend, tmp_path):
+    """In a file of ours, on a command line, in an environment."""
+    secret = "918273645546372819"
+    (tmp_path / "answers.txt").write_text(secret)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    code = (
+        "import glob, os\nfound = []\n"
+        f"for place in ({str(tmp_path)!r} + '/*', '/proc/*/environ', '/proc/*/cmdline'):\n"
+        "    for path in glob.glob(place):\n"
+        "        try: found += [path] * (b'918273' + b'645546372819' in open(path, 'rb').read())\n"
+        "        except OSError: pass\n"
+        "print('found' if found else 'nothing')"
+    )
+    task = Task("rows:1", TASK.prompt, secret)
+    episode = await play([say(fence(code)), say("\\boxed{1}")], config(sandbox={"backend": backend}), task)
+    shows = {"bubblewrap": "nothing", "unsafe_local": "found"}
+    assert seen(episode, 0) == f"Code execution result: {shows[backend]}"
+
+
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
