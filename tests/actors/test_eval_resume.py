@@ -14,9 +14,9 @@ from rl.trajectory import read_parquet
 
 
 def test_a_killed_evaluation_plays_no_finished_task_again(small_run: Run, tmp_path):
-    """SIGKILL of the command when some tasks are finished, the same command with --resume, and one in one piece."""
+    """SIGKILL of the command when some tasks are finished, and the same command with --resume."""
     slow = "rollout.episodes_in_flight=1"
-    asked = ["eval", str(newest(small_run.folder)), "stages.0.n=24", "stages.0.samples=2", slow]
+    asked = ["eval", str(newest(small_run.folder)), "stages.0.n=10", "stages.0.samples=2", slow]
     run = tmp_path / "small-eval-1"
     process = started(*asked, f"run.root={tmp_path}")
     deadline = time.monotonic() + 200
@@ -27,27 +27,19 @@ def test_a_killed_evaluation_plays_no_finished_task_again(small_run: Run, tmp_pa
     process.kill()
     process.wait()
     before = [row for part in parts for row in read_parquet(part)]
-    assert not (run / "eval.jsonl").exists() and 6 <= len(before) < 48
+    assert not (run / "eval.jsonl").exists() and 6 <= len(before) < 20
 
     done = repertory(*asked, f"run.root={tmp_path}", "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = read_lines(run / "eval.jsonl")
     rows = read_parquet(run / "trajectories" / "eval-00-sampled.parquet")
-    assert (line["n"], line["samples"], len(rows)) == (24, 2, 48)
-    assert len({(row["task"], row["sample"]) for row in rows}) == 48
+    assert (line["n"], line["samples"], len(rows)) == (10, 2, 20)
+    assert len({(row["task"], row["sample"]) for row in rows}) == 20
     took = {(row["task"], row["sample"]): row["duration_s"] for row in rows}
     assert all(took[row["task"], row["sample"]] == row["duration_s"] for row in before), "none is played again"
-    assert "of 24 tasks were finished before" in (run / "logs" / "run.log").read_text()
+    assert "of 10 tasks were finished before" in (run / "logs" / "run.log").read_text()
     assert line["wall_s"] > sum(row["duration_s"] for row in before), "with the time before it was killed"
     assert [path.name for path in (run / "trajectories").iterdir() if path.name.startswith(".")] == []
-
-    whole = repertory(*asked, f"run.root={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    (other,) = read_lines(tmp_path / "whole" / "small-eval-1" / "eval.jsonl")
-    timed = ("mean_seconds", "wall_s", "time_s", "version")
-    assert {k: v for k, v in line.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
-    rows_whole = read_parquet(tmp_path / "whole" / "small-eval-1" / "trajectories" / "eval-00-sampled.parquet")
-    assert [row["tokens"] for row in rows_whole] == [row["tokens"] for row in rows]
 
 
 def test_what_is_kept_is_of_the_same_settings_and_weights(tmp_path):
