@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint (`/v1/chat/completions`) as a policy.
+"""A model behind an OpenAI-compatible endpoint (`/v1/chat/completions`) as a policy, or as who gives feedback.
 
     ids of characters ──► messages ──► HTTP, tried again ──► text and tool calls ──► ids of characters
                                              └── lasting: EndpointError, which ends the evaluation
@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from rl.chat import parse_calls
+from rl.chat import parse_calls, shortened
+from rl.config_env import FeedbackConfig
 from rl.config_file import ConfigError
-from rl.env import Message
+from rl.env import InfraError, Message
 from rl.policy import Completion, ContextFull, Sampling
 from rl.text_codec import TextCodec, Usage
 
@@ -33,6 +34,10 @@ _UNHEARD_S = 8.0
 """How long a server that has never answered is tried: most likely the URL is wrong."""
 _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0
+_FEEDBACK_PATIENCE_S = 60.0
+"""Feedback that stays away for longer ends the episode, which is played again for faults.patience_s."""
+_CHARACTERS = 3
+"""Of a token, at least, in what feedback is asked by: the endpoint's tokenizer is not here."""
 
 
 class EndpointError(RuntimeError):
@@ -47,8 +52,8 @@ class Refused(RuntimeError):
 class Endpoint:
     """Where a model is served.
 
-    key_variable: the environment variable that holds the key; patience_s: how long a call is tried again, from its
-    first failure on; answer_s: how long one answer may take.
+    key_variable: the environment variable that holds the key, and key_setting: where a user names it; patience_s: how
+    long a call is tried again, from its first failure on; answer_s: how long one answer may take.
     """
 
     url: str
@@ -56,9 +61,10 @@ class Endpoint:
     key_variable: str | None = None
     patience_s: float = 900.0
     answer_s: float = 600.0
+    key_setting: str = "--api-key-env"
 
     @staticmethod
-    def at(url: str, model: str, key_variable: str | None = None, **more: float) -> "Endpoint":
+    def at(url: str, model: str, key_variable: str | None, patience_s: float, answer_s: float) -> "Endpoint":
         """Raises ConfigError for a URL that cannot be one, or a variable that is not set."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -68,7 +74,7 @@ class Endpoint:
         if key_variable is not None and not os.environ.get(key_variable):
             raise ConfigError(f"--api-key-env {key_variable}: this environment variable is not set")
         path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        return Endpoint(f"{parts.scheme}://{parts.netloc}{path}", model, key_variable, **more)
+        return Endpoint(f"{parts.scheme}://{parts.netloc}{path}", model, key_variable, patience_s, answer_s)
 
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
@@ -113,8 +119,9 @@ class Client:
             "messages": list(messages),
             "temperature": sampling.temperature,
             self._limit_name: sampling.max_tokens,
-            "seed": sampling.seed,
         }
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
         if sampling.top_p < 1:
             body["top_p"] = sampling.top_p
         if tools:
@@ -167,7 +174,7 @@ class Client:
         told, where, code = self._told(response), self.endpoint, response.status_code
         if code in (401, 403):
             wrong = f"it does not take the key in {where.key_variable}"
-            how = wrong if self._key else "it wants a key: name its variable by --api-key-env"
+            how = wrong if self._key else f"it wants a key: name its variable by {where.key_setting}"
             return EndpointError(f"{where}: {how}. {told}")
         if code in (404, 405) or 300 <= code < 400:
             return EndpointError(f"{where}: no such model, or no chat completions there. {told}")
@@ -207,6 +214,46 @@ class EndpointPolicy:
         self.usage.append(reply.usage)
         ids = self._codec.reply(reply.text, ended=not reply.truncated)
         return Completion(ids, [0.0] * len(ids), [-1] * len(ids), "length" if reply.truncated else "stop")
+
+
+class EndpointTeacher:
+    """Gives language feedback (rl/feedback.py). For one event loop.
+
+    Raises ValueError when made where the key's variable is not set.
+    """
+
+    def __init__(self, config: FeedbackConfig, patience_s: float):
+        if config.key_variable and not os.environ.get(config.key_variable):
+            raise ValueError(missing_key(config.key_variable))
+        assert config.url and config.model, "the configuration has checked that"
+        self._config = config
+        self._endpoint = Endpoint(
+            config.url, config.model, config.key_variable, min(_FEEDBACK_PATIENCE_S, patience_s), config.timeout_s,
+            "env.feedback.key_variable",
+        )  # fmt: skip
+        self._slots = asyncio.Semaphore(config.parallel)
+        self._client: Client | None = None
+
+    async def answer(self, prompt: str, session: str, seed: int) -> str:
+        """Raises InfraError when the endpoint cannot be used, ValueError when it refuses this prompt."""
+        c = self._config
+        text = shortened(prompt, _CHARACTERS * (c.max_length - c.max_tokens))
+        sampling = Sampling(temperature=c.temperature, max_tokens=c.max_tokens, seed=seed if c.temperature else None)
+        async with self._slots:
+            self._client = self._client or Client(self._endpoint)
+            try:
+                return (await self._client.chat([{"role": "user", "content": text}], (), sampling)).text
+            except EndpointError as error:
+                raise InfraError(f"env.feedback: {error}") from None
+            except Refused as error:
+                raise ValueError(f"env.feedback: {self._endpoint} refused a prompt: {error}") from None
+
+
+def missing_key(name: str) -> str:
+    return (
+        f"env.feedback.key_variable: the environment variable {name} is not set. Set it where the run starts; for "
+        "a cluster at RAY_ADDRESS, on its nodes, before Ray starts there"
+    )
 
 
 class UnreadableReply(Exception):

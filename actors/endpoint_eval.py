@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.endpoint import Client, Endpoint, EndpointError, EndpointPolicy, Refused
+from actors.endpoint import Client, Endpoint, EndpointError, EndpointPolicy, EndpointTeacher, Refused
 from actors.episode_records import EpisodeRecords, Key
 from actors.grader import Grader, NotGraded
 from rl.config import Config
@@ -24,7 +24,7 @@ from rl.config_stage import EvalStage
 from rl.env import InfraError, World
 from rl.episode import Episode, Identity, Limits, run_episode
 from rl.evaluate import Report, outcome_of, report
-from rl.feedback import Teacher, played
+from rl.feedback import played
 from rl.policy import Sampling
 from rl.task import TaskStream
 from rl.text_codec import TextCodec, Usage
@@ -43,11 +43,9 @@ class EndpointEvaluation:
         assert isinstance(stage, EvalStage)
         self._config, self._endpoint, self._folder, self._stage = config, endpoint, folder, stage
         self._world = World(config.env, config.run.seed)
-        self._teacher: Teacher | None = None
+        self._teacher: EndpointTeacher | None = None
         if self._world.feedback.on and self._world.feedback.source == "endpoint":
-            from actors.feedback import make_teacher  # which imports Ray
-
-            self._teacher = make_teacher(config, ())
+            self._teacher = EndpointTeacher(self._world.feedback, config.faults.patience_s)
         self._slots = asyncio.Semaphore(parallel)
         self.told: Callable[[], None] = lambda: None
         size = self._world.source.size(stage.split)

@@ -79,7 +79,7 @@ def check_model(config: Config) -> None:
 
 def check_world(config: Config) -> None:
     """The environment, its demonstrations and the reward function can be loaded; who gives feedback can be asked."""
-    from actors.feedback import missing_key
+    from actors.endpoint import missing_key
     from rl.data_stage import BUILT_IN
     from rl.demonstration import read_rows
     from rl.env import Demonstrator, load_object

@@ -34,8 +34,6 @@ class FeedbackConfig(Strict):
     """Tokens of a prompt and its answer. A longer episode is cut in its middle (endpoint: three characters a token)."""
     timeout_s: PositiveFloat = 60.0
     """endpoint: of one request."""
-    attempts: PositiveInt = 6
-    """endpoint: requests that fail by status 429, 5xx or a broken connection before the episode is given up."""
     parallel: PositiveInt = 32
     """endpoint: requests of one rollout worker at the same time; others wait."""
 
