@@ -296,9 +296,13 @@ class Buffer(AsyncRole):
     async def join(self, files: Sequence[str], path: str) -> list[list[Outcome]]:
         """Groups' files as one, and what came of each group's episodes."""
         self._calls["join"] += 1
-        parts = [Path(file) for file in files]
-        await asyncio.to_thread(join_parquet, parts, Path(path))
-        return [[outcome_of(row) for row in read_parquet(part)] for part in parts]
+
+        def joined() -> list[list[Outcome]]:
+            parts = [Path(file) for file in files]
+            join_parquet(parts, Path(path))
+            return [[outcome_of(row) for row in read_parquet(part)] for part in parts]
+
+        return await asyncio.to_thread(joined)
 
     async def sample_rows(self, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
         """A few episodes in readable form, for the experiment tracker."""

@@ -260,6 +260,8 @@ class _Pipes:
         self._got = {"output": bytearray(), "error": bytearray(), "answers": bytearray()}
         self.flooded = False
         self.event = asyncio.Event()
+        if "answers" not in self._ours:  # the process has ended since the last call
+            self.event.set()
 
     async def send(self, line: bytes) -> None:
         """However long it takes a process that may not read."""

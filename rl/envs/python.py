@@ -365,4 +365,6 @@ def said(result: Result, config: PythonConfig) -> str:
         parts.append(f"The code was stopped: {LIMITS[result.limit]}.")
     elif result.exit is None:
         parts.append("The code was killed.")
+    elif result.exit and not parts:
+        parts.append(f"The code ended with status {result.exit}.")
     return "\n".join(parts) or "[Executed Successfully with No Output]"

@@ -211,6 +211,8 @@ def test_a_result_is_shown_in_short():
     assert said(long, config(errors="traceback")).endswith("Traceback\n  line\nValueError: no")
     assert said(Result("", "", None, "wall"), config()) == "The code was stopped: it took too long."
     assert said(Result("\n", "", 0, None), config()) == "[Executed Successfully with No Output]"
+    assert said(Result("", "", 3, None), config()) == "The code ended with status 3."
+    assert said(Result("", "", None, None), config()) == "The code was killed."
     assert shortened("abcdef", 6) == "abcdef" and shortened("abcdefg", 5) == "abc\n[2 characters left out]\nfg"
 
 

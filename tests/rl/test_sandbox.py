@@ -152,8 +152,21 @@ async def test_memory_that_grows_between_calls_ends_the_session():
     async with Sandbox(SandboxConfig(memory_mib=256)).session() as session:
         assert (await session.run(code)).output == "started\n"
         await asyncio.sleep(2.5)
+        asked = time.monotonic()
         result = await session.run("print('reached')")
+        assert time.monotonic() - asked < 5, "not only when its wall time is over"
         assert (result.output, result.exit, result.limit) == ("", None, "memory")
+        assert (await session.run("print(1)")).output == "1\n"
+
+
+async def test_a_session_whose_process_ended_between_calls_says_so_at_once():
+    code = "import os, threading\nthreading.Timer(0.3, os._exit, (3,)).start()"
+    async with Sandbox(SandboxConfig()).session() as session:
+        assert (await session.run(code)).ok
+        await asyncio.sleep(1.0)
+        asked = time.monotonic()
+        result = await session.run("print('reached')")
+        assert (result.output, result.exit, result.limit) == ("", 3, None) and time.monotonic() - asked < 5
         assert (await session.run("print(1)")).output == "1\n"
 
 
