@@ -57,12 +57,13 @@ class Ungradable(RuntimeError):
 
 @dataclass(frozen=True)
 class Dropped:
-    """A task that fails wherever it is played. quarantined: it ended the workers or the
-    graders that had it; never tried again."""
+    """A task that fails wherever it is played. quarantined: it ended the workers or the graders that had it; never
+    tried again. scoring: it was played, and it is its scoring that fails."""
 
     task: str
     cause: str
     quarantined: bool = False
+    scoring: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Buffer(AsyncRole):
         failures = deaths = lost = 0
         given_up = math.inf
         while True:
+            scoring = False
             # What dies with every worker that plays it must not take others' episodes with it.
             alone = 0 < deaths == attempts - 1
             try:
@@ -150,10 +152,11 @@ class Buffer(AsyncRole):
                             ray.cancel(summaries)
                             raise Overdue(str(error)) from None
                         raise
+                scoring = True
                 scores = await self._scores(episodes, tally)
             except Ungradable as error:
                 self._quarantined.add(task)
-                return Dropped(task, str(error), quarantined=True)
+                return Dropped(task, str(error), quarantined=True, scoring=True)
             except Exception as error:
                 infra, overdue = is_infra(error), isinstance(error, Overdue)
                 given_up = min(given_up, time.monotonic() + self._faults.patience_s)
@@ -164,7 +167,7 @@ class Buffer(AsyncRole):
                     return Dropped(task, f"its environment ended the rollout worker {deaths} times", quarantined=True)
                 failures += not infra or overdue  # most likely it is the task's own environment that waits
                 if failures == attempts or isinstance(cause_of(error), BadTask):
-                    return Dropped(task, named(error))
+                    return Dropped(task, named(error), scoring=scoring)
                 if infra and not overdue and time.monotonic() > given_up:
                     raise
                 log.warning("the group of task %s failed, and is played again: %s", task, named(error))

@@ -201,10 +201,17 @@ def _begun(target: Target) -> Path | None:
 
 
 def _is_of(folder: Path, config: Config) -> bool:
-    path = folder / "config.yaml"
-    if not path.is_file():
+    """Of this configuration, and begun after the checkpoint that it evaluates was written."""
+    path, written = folder / "config.yaml", Path(config.model.path or "") / "repertory.yaml"
+    if not path.is_file() or (written.is_file() and written.stat().st_mtime > path.stat().st_mtime):
         return False
-    there, here = yaml.safe_load(path.read_text()), config.model_dump(mode="json")
+    try:
+        there = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return False
+    if not isinstance(there, dict) or not isinstance(there.get("run"), dict):  # a kill has left a part of one
+        return False
+    here = config.model_dump(mode="json")
     for settings in (there, here):
         settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("name", "overwrite")}
         settings.pop("faults", None)  # how patiently it is made changes nothing of it
@@ -222,6 +229,8 @@ def _is_whole(folder: Path) -> bool:
 def _evaluate(target: Target, asked: Asked, console: Console) -> Path:
     """Make an evaluation, go on with it, or find that it is there. Returns its run folder."""
     begun = _begun(target) if asked.resume else None
+    if asked.resume and begun is None:
+        console.print(f"nothing of {target.config.run.name} with these settings is there to go on with: from the start")
     if begun is not None:
         refuse_owned(begun)
         if _is_whole(begun):
@@ -245,7 +254,7 @@ def _play_endpoint(config: Config, endpoint: Endpoint, parallel: int, resume: bo
     fresh, kept = not folder.exists(), 0
     try:
         with owning(folder, resume=resume, overwrite=config.run.overwrite), _logging_to(folder / "logs" / "run.log"):
-            (folder / "config.yaml").write_text(dump_config(config))
+            checkpoint.write_whole(folder / "config.yaml", dump_config(config))
             evaluation = EndpointEvaluation(config, endpoint, folder, parallel)
             kept = evaluation.kept
             if evaluation.left_out:

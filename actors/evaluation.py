@@ -5,9 +5,13 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from actors.buffer import Group, Played
 from rl import checkpoint
@@ -30,20 +34,23 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
     """An eval stage, up to its line of eval.jsonl. What an earlier attempt at it has finished is not played again."""
     tasks = _tasks(run, stage)
     kept = KeptGroups(run.folder, index, run.state.step, _settings(run.config, stage))
-    reports = []
+    reports: list[Report] = []
+    lost = Counter[str]()
     for name, temperature in [("sampled", stage.temperature), *([("greedy", 0.0)] if stage.greedy else [])]:
         samples = stage.samples if name == "sampled" else 1
         requests = [GroupRequest(index, 0, task, samples, condition=stage.condition) for task in tasks]
         files = [kept.folder / f"{name}-{i:05d}.parquet" for i in range(len(tasks))]
-        left = [i for i, file in enumerate(files) if not file.is_file()]
+        left = [i for i, file in enumerate(files) if not is_group(file, requests[i])]
         if len(left) < len(tasks):
             run.say(f"{name}: {len(tasks) - len(left)} of {len(tasks)} tasks were finished before, and are kept")
-        sampling = Sampling(temperature, stage.top_p, run.config.rollout.max_turn_tokens)
+        most = run.config.rollout.max_turn_tokens
+        sampling = Sampling(temperature=temperature, top_p=stage.top_p, max_tokens=most)
         with run.working("generator"):
             where = [str(files[i]) for i in left]
             played = await run.company.buffer.play.remote([requests[i] for i in left], sampling, where)
         for dropped in played.dropped:
             run.drop(dropped)
+            lost["not_graded" if dropped.scoring else "not_played"] += samples
         there = [str(file) for file in files if file.is_file()]
         if not there:
             raise _nothing(played)
@@ -51,9 +58,10 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
         reports.append(report(await run.company.buffer.join.remote(there, str(path)), run.config.env.max_turns))
     line = {**_where(run, index, stage, trained), **asdict(reports[0])}
     line["success_greedy"] = reports[1].success if stage.greedy else None
-    line["wall_s"] = time.time() - kept.began
+    line |= {"wall_s": time.time() - kept.began, "not_played": lost["not_played"], "not_graded": lost["not_graded"]}
     run.evaluated(line)
-    kept.forget()
+    if not lost:  # or else the rest is tried again by who resumes
+        kept.forget()
 
 
 class KeptGroups:
@@ -67,12 +75,14 @@ class KeptGroups:
         self.folder = run / "trajectories" / f".eval-{index:02d}.step={step}"
         self.began = time.time()
         about = self.folder / "about.json"
-        if about.is_file():
+        try:
             known = json.loads(about.read_text())
-            if known["settings"] == settings:
-                self.began -= max(file.stat().st_mtime for file in self.folder.iterdir()) - known["began"]
-            else:
-                self.forget()
+        except (OSError, ValueError):
+            known = {}
+        if known.get("settings") == settings:
+            self.began -= max(file.stat().st_mtime for file in self.folder.iterdir()) - known["began"]
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_whole(about, {"began": self.began, "settings": settings})
 
@@ -87,9 +97,22 @@ class KeptGroups:
                 shutil.rmtree(folder)
 
 
+def is_group(file: Path, request: GroupRequest) -> bool:
+    """Whether the file holds the request's episodes. One that does not, or cannot be read, is deleted."""
+    try:
+        found = pq.read_table(file, columns=["task"]).column("task").to_pylist()
+    except (OSError, pa.ArrowException):
+        found = []
+    if found != [request.task.id] * request.samples:
+        file.unlink(missing_ok=True)
+        return False
+    return True
+
+
 def _settings(config: Config, stage: EvalStage) -> dict[str, Any]:
     """What an episode of the stage depends on, but for the weights."""
-    parts = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "env", "reward", "rollout")}
+    sections = ("model", "env", "reward", "rollout", "generator")
+    parts = {name: getattr(config, name).model_dump(mode="json") for name in sections}
     return {**parts, "stage": stage.model_dump(mode="json"), "seed": config.run.seed}
 
 

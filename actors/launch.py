@@ -37,7 +37,7 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
     folder = config.run.dir.resolve()
     try:
         with owning(folder, resume=resume, overwrite=config.run.overwrite):
-            (folder / "config.yaml").write_text(dump_config(config))
+            checkpoint.write_whole(folder / "config.yaml", dump_config(config))
             whole = _train(config, folder, device, resume, console)
     except BudgetSpent as error:
         raise ConfigError(f"{error}\nThe run's log: {folder / 'logs' / 'run.log'}") from None

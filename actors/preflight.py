@@ -94,6 +94,11 @@ def check_world(config: Config) -> None:
         world = asyncio.run(open_world(config))
         world.source.task("train", 0)
         reward_function(config)
+        if config.model.scratch and not isinstance(world.source, Demonstrator):
+            raise ConfigError(
+                f"model.scratch trains its tokenizer on demonstrations, and env {config.env.name} has none of its own "
+                "here: set model.path"
+            )
         model = config.reward.model
         if model and model != "trained" and not (Path(model) / "config.json").is_file():
             raise ConfigError(f"reward.model: {model} is no folder of a model in Hugging Face format, nor `trained`")

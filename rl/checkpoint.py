@@ -100,9 +100,9 @@ def mark_best(run: Path, step: int, success: float) -> bool:
 
 
 def write_whole(path: Path, value: Any) -> None:
-    """As JSON: who reads the file meanwhile finds what it held, or what it holds."""
+    """As JSON, a text as it is: who reads the file meanwhile finds what it held, or what it holds."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(value))
+    partial.write_text(value if isinstance(value, str) else json.dumps(value))
     partial.rename(path)
 
 

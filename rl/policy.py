@@ -8,7 +8,7 @@ from rl.chat import ChatCodec
 from rl.env import Message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How one turn is sampled. `seed` makes it reproducible; `stop` are token ids that end the turn (kept in it)."""
 
