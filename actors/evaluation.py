@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from actors.controller import Controller
 
 log = logging.getLogger("repertory")
+_LOOK_S = 0.5
 Trained = SftStage | PreferenceStage | RewardModelStage | RlStage
 
 
@@ -47,7 +48,8 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
         sampling = Sampling(temperature=temperature, top_p=stage.top_p, max_tokens=most)
         with run.working("generator"):
             where = [str(files[i]) for i in left]
-            played = await run.company.buffer.play.remote([requests[i] for i in left], sampling, where)
+            playing = run.company.buffer.play.remote([requests[i] for i in left], sampling, where)
+            played = await _unless_stopped(run, asyncio.ensure_future(playing))
         for dropped in played.dropped:
             run.drop(dropped)
             lost["not_graded" if dropped.scoring else "not_played"] += samples
@@ -62,6 +64,14 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
     run.evaluated(line)
     if not lost:  # or else the rest is tried again by who resumes
         kept.forget()
+
+
+async def _unless_stopped(run: "Controller", playing: "asyncio.Future[Played]") -> Played:
+    """Raises Stopped when the run is to end: what is finished is kept."""
+    while not playing.done():
+        run.go_on()
+        await asyncio.wait([playing], timeout=_LOOK_S)
+    return playing.result()
 
 
 class KeptGroups:

@@ -50,7 +50,7 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
     from actors.summary import show_summary
 
     show_summary(folder, console)
-    if not whole:
+    if not whole and not config.only_evaluates:
         last = checkpoint.newest(folder)
         how = f"--resume goes on from {last.name}" if last else "there is no checkpoint yet, so start it again"
         console.print(f"\nstopped before its end, as asked: {how}", highlight=False)

@@ -32,7 +32,7 @@ def preflight(config: Config, console: Console, *, resume: bool) -> str:
 def check_run_folder(config: Config, resume: bool) -> None:
     folder = config.run.dir
     refuse_owned(folder)
-    if resume and all(stage.kind == "eval" for stage in config.stages):
+    if resume and config.only_evaluates:
         if not folder.is_dir():
             raise ConfigError(f"--resume: there is no {folder} to go on with")
     elif resume:

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rl.config_base import Strict
 from rl.config_env import EnvConfig
-from rl.config_stage import PreferenceStage, RewardModelStage, RlStage, Stage
+from rl.config_stage import EvalStage, PreferenceStage, RewardModelStage, RlStage, Stage
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -279,6 +279,10 @@ class Config(Strict):
         learner = self.learner.model_copy(update={"lora": None})
         alone = self.placement.model_copy(update={"time_share": False})
         return self.model_copy(update={"model": model, "generator": engine, "learner": learner, "placement": alone})
+
+    @property
+    def only_evaluates(self) -> bool:
+        return all(isinstance(stage, EvalStage) for stage in self.stages)
 
     @property
     def needs_reference(self) -> bool:
