@@ -171,8 +171,10 @@ class CustomEnvConfig(EnvSettings):
 class SandboxConfig(Strict):
     """wall_s and output_kib are of a call, cpu_s of each process in all its life, the rest of the sandbox.
 
-    memory_mib bounds the address space of each process, and what all processes together hold in memory. file_mib bounds
-    each file, and each of the two places that can be written to, /tmp and /dev/shm, which are memory.
+    memory_mib bounds the address space of each process, and what all processes together hold in memory, with anonymous
+    memory made to be shared, and 1 KiB for each file in the two places that can be written to, /tmp and /dev/shm.
+    file_mib bounds each file, and each of those two places, which are memory. processes bounds how many there are at a
+    time, and ends a session whose code leaves some behind that come back however often they are ended.
     """
 
     backend: Literal["bubblewrap", "unsafe_local"] = "bubblewrap"

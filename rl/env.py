@@ -168,7 +168,12 @@ def load_env(path: str) -> Any:
             f"env.path: {path!r} is neither a dotted path like package.module.Class nor an entry point of "
             f"repertory.envs (installed: {known})"
         )
-    return installed[path].load()
+    try:
+        return installed[path].load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"env.path: cannot load {installed[path].value!r} of the entry point {path!r}: {error}"
+        ) from error
 
 
 class World:
@@ -177,6 +182,11 @@ class World:
     def __init__(self, config: EnvConfig, seed: int):
         path = config.path if isinstance(config, CustomEnvConfig) else _BUILT_IN[config.name]
         self._cls: Any = load_env(path)
+        if not hasattr(self._cls, "tasks"):
+            raise ValueError(
+                f"env.path: {path} has no `tasks`, a function of settings and a seed that returns the tasks to be "
+                "trained on (rl/env.py)"
+            )
         self.feedback = config.feedback
         if self.feedback.on and self.feedback.source == "rules" and not hasattr(self._cls, "hint"):
             raise ValueError(

@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rl.config import Config
 from rl.env import World, load_object
@@ -12,6 +13,14 @@ from rl.task import Task
 
 RewardFunction = Callable[[Task, Episode], float | Mapping[str, float]]
 """A rule: the score of an episode, or its named parts. Pure; may be called again after a failure."""
+
+
+class Undecided(RuntimeError):
+    """A rule ran out of time on an answer. It is held against the task, which is dropped and counted.
+
+    No TimeoutError: that is a failure of ours, whose call is made again, and an answer like 9**9**9**9 would make it
+    fail each time, until the run gives up.
+    """
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,31 @@ def math_answer(task: Task, episode: Episode) -> float:
 
 
 def same_answer(truth: str, answer: str) -> float:
-    """1 when the answer is the truth to the letter, or equals it as mathematics. In a main thread only: see above."""
-    from math_verify import parse, verify
+    """1 when the answer is the truth to the letter, or equals it as mathematics. In a main thread only: see above.
 
+    Raises Undecided when math-verify ran out of time and found nothing equal: that says nothing of the answer.
+    """
     if answer.strip() == truth.strip():
         return 1.0
-    return float(verify(parse(truth), parse(answer)))
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+
+    def tried(call: Callable[..., Any], *values: Any) -> Any:
+        """What it returns; None where it cannot read or compare them. Unasked, it would take a timeout for that."""
+        try:
+            return call(*values, raise_on_error=True)
+        except TimeoutException as error:
+            late.append(error)
+        except (MemoryError, OSError):  # the machine's failure, and not the answer's
+            raise
+        except Exception:
+            pass
+        return None
+
+    late: list[BaseException] = []
+    known, given = tried(parse, truth) or [], tried(parse, answer) or []
+    if any(tried(verify, [k], [g]) for k in known for g in given):
+        return 1.0
+    if late:
+        raise Undecided(f"math-verify: {str(late[0])[:200]}") from late[0]
+    return 0.0

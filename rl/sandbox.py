@@ -4,46 +4,41 @@
                              stateless: a session a call        stateful: a session an episode
 
 What shuts it in: bubblewrap's namespaces (no network, own processes, own users without a way to more of them), a file
-system of the system's programs, read-only, and a private temporary directory; resource limits; and this process, which
-bounds time and output and ends everything with SIGKILL. See `rl/sandbox_guest.py` for what runs inside.
+system of the system's programs, read-only, and a private temporary directory; a filter of system calls on x86_64 and
+aarch64 (rl/sandbox_seccomp.py), and none on other machines; resource limits; and this process, which bounds time,
+memory and output and ends everything with SIGKILL. See `rl/sandbox_guest.py` for what runs inside.
 
 A result is what the code said: its output, error and status are the code's own word. Never let code grade itself.
 """
 
 import asyncio
 import itertools
+import logging
 import os
-import re
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from rl import sandbox_seccomp
 from rl.config_env import SandboxConfig
 from rl.env import InfraError
-from rl.sandbox_watch import usage_of
+from rl.sandbox_command import NoSandbox as NoSandbox
+from rl.sandbox_command import command, require
+from rl.sandbox_namespace import Namespace
+from rl.sandbox_pipes import Limit, Pipes
+from rl.sandbox_watch import Usage, tree, usage_of
 
-Limit = Literal["wall", "cpu", "memory", "processes", "file_size", "open_files", "output"]
+_log = logging.getLogger(__name__)
 
-_GUEST = (Path(__file__).parent / "sandbox_guest.py").read_text()
-_NOBODY = "65534"
-_INSTALL = (
-    "install it (`apt-get install bubblewrap`), allow user namespaces, or, for code that you trust as you trust your "
-    "own, say `unsafe_local` in the config"
-)
+_START_S = 30.0
 _LOOK_S, _IDLE_LOOKS = 0.1, 10
 """How often it is looked how much a sandbox uses: in a call, and between calls so many times less often."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class NoSandbox(RuntimeError):
-    """Nothing here can shut code in."""
+_ROUNDS = 200
+"""How often what a call has left behind is ended before it is taken to come back for ever."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Sandbox:
     def __init__(self, config: SandboxConfig):
         self.config = config
         self._slots = asyncio.Semaphore(config.parallel)
-        _require(config)
+        require(config)
 
     async def run(self, code: str, echo: bool = False) -> Result:
         """In a process of its own."""
@@ -81,12 +76,15 @@ class Sandbox:
 class Session:
     """One process tree, for calls one after the other. Close it, or use it with `async with`.
 
-    After a call that ended the process, by a limit or of itself, the next begins in a new one that remembers nothing.
+    After a call nothing goes on but threads of the Python that ran it. After a call that ended the process, by a limit
+    or of itself, the next begins in a new one that remembers nothing.
     """
 
     def __init__(self, config: SandboxConfig, slots: asyncio.Semaphore):
         self._config, self._slots = config, slots
         self._process: _Process | None = None
+        self._turn, self._starting = asyncio.Lock(), asyncio.Lock()
+        self._closed = 0
 
     async def __aenter__(self) -> "Session":
         return self
@@ -102,48 +100,73 @@ class Session:
     async def run(self, code: str, echo: bool = False) -> Result:
         """echo: the value of a last line that is an expression is part of the output, as at a prompt.
 
-        Raises InfraError when the sandbox could not be started.
+        Raises InfraError when the sandbox could not be started, or was closed meanwhile.
         """
-        async with self._slots:
-            if self._process is None:
-                self._process = await _Process.start(self._config)
+        closed = self._closed
+        async with self._turn, self._slots:
+            process = self._process or await self._start(closed)
             try:
-                result = await self._process.call(code, echo)
+                result = await process.call(code, echo)
             except BaseException:
-                await self.close()
+                await self._drop()
                 raise
-            if self._process.ended:
-                await self.close()
+            self._refuse_if_closed_since(closed)
+            if process.ended:
+                await self._drop()
         return result
 
-    async def close(self) -> None:
-        """Leaves no process and no file."""
+    async def _start(self, closed: int) -> "_Process":
+        async with self._starting:
+            self._refuse_if_closed_since(closed)
+            process = await _Process.start(self._config)
+            if self._closed != closed:
+                await process.close()
+            self._refuse_if_closed_since(closed)
+            self._process = process
+        return process
+
+    def _refuse_if_closed_since(self, closed: int) -> None:
+        if self._closed != closed:
+            raise InfraError("the sandbox's session was closed while code was to run in it")
+
+    async def _drop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             await process.close()
+
+    async def close(self) -> None:
+        """Leaves no process and no file. Calls that run or wait raise InfraError; later ones begin anew."""
+        self._closed += 1
+        await self._drop()
+        async with self._starting:  # one that is just being started is ended by the call that starts it
+            pass
 
 
 class _Process:
     """A started sandbox and the pipes to it."""
 
-    def __init__(self, config: SandboxConfig, process: asyncio.subprocess.Process, pipes: "_Pipes", folder: str | None):
+    def __init__(self, config: SandboxConfig, process: asyncio.subprocess.Process, pipes: Pipes, folder: str | None):
         self._config, self._process, self._pipes, self._folder = config, process, pipes, folder
+        self._inside: Namespace | None = None
+        self._watching: asyncio.Future[None] | None = None
         self.ended = False
         self._in_call = False
         self._looked, self._cpu_s, self._too_large = time.monotonic(), 0.0, False
-        self._watching = asyncio.ensure_future(self._watch())
 
     @classmethod
     async def start(cls, config: SandboxConfig) -> "_Process":
-        pipes = _Pipes(config.output_kib * 1024)
-        folder = tempfile.mkdtemp(prefix="repertory-") if config.backend == "unsafe_local" else None
+        """Until it is ready for code."""
+        pipes = Pipes(config.output_kib * 1024)
+        local = config.backend == "unsafe_local"
+        folder = tempfile.mkdtemp(prefix="repertory-") if local else None
+        calls = None if local else sandbox_seccomp.as_pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *_command(config, pipes.inside),
+                *command(config, pipes.inside, calls),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=pipes.theirs["output"],
                 stderr=pipes.theirs["error"],
-                pass_fds=pipes.inside,
+                pass_fds=pipes.inside if calls is None else (*pipes.inside, calls),
                 cwd=folder or "/",
                 env={},
                 start_new_session=True,
@@ -155,8 +178,32 @@ class _Process:
             if isinstance(error, OSError):
                 raise InfraError(f"no sandbox could be started: {error}") from error
             raise
+        finally:
+            if calls is not None:
+                os.close(calls)
         pipes.started()
-        return cls(config, process, pipes, folder)
+        made = cls(config, process, pipes, folder)
+        try:
+            await made._ready()
+        except BaseException:
+            await made.close()
+            raise
+        return made
+
+    async def _ready(self) -> None:
+        """Hold on to its processes before any code can have changed them."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_S):
+                await self._pipes.event.wait()
+        if not self._pipes.ready():
+            said = (self._pipes.text()[1].strip().splitlines() or ["nothing"])[-1]
+            raise InfraError(f"no sandbox could be started: it says {said}")
+        if self._folder is None:
+            try:
+                self._inside = Namespace(self._process.pid)
+            except OSError as error:
+                raise InfraError(f"no sandbox could be started: {error}") from error
+        self._watching = asyncio.ensure_future(self._watch())
 
     async def call(self, code: str, echo: bool) -> Result:
         pipes, limit = self._pipes, None
@@ -171,13 +218,16 @@ class _Process:
             limit = "wall"
         self._in_call = False
         # What ran on since the last look may have used as much more on every core; the limit counts in coarse ticks.
-        since = (time.monotonic() - self._looked + _LOOK_S) * (os.cpu_count() or 1)
+        cores = min(os.cpu_count() or 1, self._config.processes)
+        since = (time.monotonic() - self._looked + _LOOK_S) * cores
         busy = self._cpu_s + since >= 0.9 * self._config.cpu_s
         if self._too_large:
             limit = "memory"
         elif limit is None and pipes.flooded:
             limit = "output"
         answer = pipes.answer() if limit is None else None
+        if answer is not None and not await self._end_what_is_left():
+            limit, answer = "processes", None
         if answer is None:  # killed, or it has ended of itself
             self.ended = True
             status = await self._end(limit is not None)
@@ -187,20 +237,45 @@ class _Process:
         exit, said = answer
         return Result(output, error, exit, said)
 
+    async def _end_what_is_left(self) -> bool:
+        """Nothing but the guest outlives a call. False: some come back however often they are ended."""
+        if self._inside is None:
+            return True
+        for number in range(_ROUNDS):
+            if not self._inside.end_others():
+                return True
+            await asyncio.sleep(0.0 if number < _ROUNDS // 2 else 0.01)
+        return False
+
     async def _watch(self) -> None:
         """End it when all its processes together hold too much memory, which no limit of the system's own bounds."""
+        try:
+            await self._until_too_large()
+            self._too_large = True
+        except Exception:
+            _log.exception("what a sandbox uses could not be seen, so it is ended")
+        self._kill()
+        self._pipes.event.set()
+
+    async def _until_too_large(self) -> None:
         most = self._config.memory_mib * 2**20
         for number in itertools.count():
             await asyncio.sleep(_LOOK_S)
             if not self._in_call and number % _IDLE_LOOKS:
                 continue
-            usage = usage_of(self._process.pid, most)
+            usage = self._usage(most)
             self._looked, self._cpu_s = time.monotonic(), max(self._cpu_s, usage.cpu_s)
             if usage.memory > most:
-                self._too_large = True
-                self._kill()
-                self._pipes.event.set()
                 return
+
+    def _usage(self, most: int) -> Usage:
+        inside = self._inside
+        if inside is None:
+            return usage_of("/proc", tree(self._process.pid), most)
+        try:
+            return usage_of(inside.proc, inside.pids(), most, inside.files_bytes())
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            return Usage(0, 0.0)
 
     async def _end(self, kill: bool) -> int:
         if kill:
@@ -211,118 +286,45 @@ class _Process:
                     await self._process.wait()
             except TimeoutError:
                 self._kill()
-        return await self._process.wait()
+        return await self._wait()
 
     def _kill(self) -> None:
-        """bubblewrap's processes die with it; without it, those that are still in the group of the first."""
+        """The namespace's processes die with its first; without one, those that are still in the group of the first."""
+        if self._inside is not None:
+            self._inside.end()
+        else:
+            self._kill_group()
+
+    def _kill_group(self) -> None:
         if self._process.returncode is None or self._folder:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def close(self) -> None:
-        self._watching.cancel()
-        self._kill()
-        await self._process.wait()
-        self._pipes.close()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _Pipes:
-    """Code in; output, error and answers out, of which no more than so many bytes a call are kept."""
-
-    def __init__(self, most: int):
-        self._most = most
-        inside_in, self._commands = os.pipe()
-        self._ours: dict[str, int] = {}
-        self.theirs: dict[str, int] = {}
-        for name in ("output", "error", "answers"):
-            self._ours[name], self.theirs[name] = os.pipe()
-        self.inside: tuple[int, ...] = (inside_in, self.theirs["answers"])
-        for descriptor in (self._commands, *self._ours.values()):
-            os.set_blocking(descriptor, False)
-        self._loop = asyncio.get_running_loop()
-        self._got: dict[str, bytearray] = {}
-        self.begin()
-
-    def started(self) -> None:
-        """The process has its ends now."""
-        for descriptor in (self.inside[0], *self.theirs.values()):
-            os.close(descriptor)
-        self.theirs, self.inside = {}, ()
-        for name in self._ours:
-            self._loop.add_reader(self._ours[name], self._read, name)
-
-    def begin(self) -> None:
-        """A call: what comes from now on is its own. An answer that code has made up before is not."""
-        while "answers" in self._ours and self._got and self._read("answers"):
-            self._got["answers"].clear()
-        self._got = {"output": bytearray(), "error": bytearray(), "answers": bytearray()}
-        self.flooded = False
-        self.event = asyncio.Event()
-        if "answers" not in self._ours:  # the process has ended since the last call
-            self.event.set()
-
-    async def send(self, line: bytes) -> None:
-        """However long it takes a process that may not read."""
-        while line and "answers" in self._ours:
-            try:
-                line = line[os.write(self._commands, line) :]
-            except BlockingIOError:
-                await asyncio.sleep(0.001)
-            except BrokenPipeError:
-                return
-
-    def _read(self, name: str) -> bool:
-        """Take what is there. False: nothing more for now."""
+    async def _wait(self) -> int:
+        """After _kill: bubblewrap ends when its first process inside has, and is ended where it does not."""
         try:
-            data = os.read(self._ours[name], 1 << 16)
-        except BlockingIOError:
-            return False
-        if not data:
-            self._loop.remove_reader(self._ours[name])
-            os.close(self._ours.pop(name))
-            if name == "answers":
-                self.event.set()
-            return False
-        kept = self._got[name]
-        kept += data[: self._most + 1 - len(kept)]
-        self.flooded |= len(kept) > self._most
-        if self.flooded:  # nobody reads on: until it is killed, the code waits
-            for descriptor in self._ours.values():
-                self._loop.remove_reader(descriptor)
-        if self.flooded or (name == "answers" and b"\n" in kept):
-            self.event.set()
-        return True
+            async with asyncio.timeout(1.0):
+                await self._process.wait()
+        except TimeoutError:
+            self._kill_group()
+        return await self._process.wait()
 
-    def answer(self) -> tuple[int, Limit | None] | None:
-        """What the process says of the call; None where it says nothing of the kind."""
-        found = re.fullmatch(rb"(-?\d{1,9}) (-|memory|processes|file_size|open_files)\n", self._got["answers"])
-        if found is None:
-            return None
-        limit: Any = found[2].decode()
-        return int(found[1]), None if limit == "-" else limit
-
-    def text(self) -> tuple[str, str]:
-        """Output and error, all that was written before the answer."""
-        for name in ("output", "error"):
-            while name in self._ours and not self.flooded and self._read(name):
-                pass
-        return _text(self._got["output"][: self._most]), _text(self._got["error"][: self._most])
-
-    def close(self) -> None:
-        for descriptor in self._ours.values():
-            self._loop.remove_reader(descriptor)
-        for descriptor in (self._commands, *self._ours.values(), *self.theirs.values(), *self.inside[:1]):
-            with suppress(OSError):
-                os.close(descriptor)
-        self._ours, self.theirs, self.inside = {}, {}, ()
-
-
-def _text(data: bytes | bytearray) -> str:
-    """UTF-8 as far as it is that; control characters, which a terminal or a tokenizer may obey, by their numbers."""
-    text = bytes(data).decode("utf-8", "replace").replace("\r\n", "\n")
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    async def close(self) -> None:
+        """A process is left for no longer than the kernel takes to end it, even when this is cancelled."""
+        if self._watching is not None:
+            self._watching.cancel()
+        self._kill()
+        self._pipes.event.set()
+        try:
+            await self._wait()
+            if self._inside is not None:
+                await self._inside.gone()
+        finally:
+            self._pipes.close()
+            if self._inside is not None:
+                self._inside.close()
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _how_it_ended(status: int, limit: Limit | None, error: str, busy: bool) -> tuple[int | None, Limit | None]:
@@ -333,65 +335,10 @@ def _how_it_ended(status: int, limit: Limit | None, error: str, busy: bool) -> t
     if limit is not None:
         return None, limit
     number = -status if status < 0 else status - 128
-    if number == signal.SIGXCPU or (number == signal.SIGKILL and busy):
+    if number >= signal.NSIG:  # a status that the code has chosen
+        number = 0
+    if number in (signal.SIGXCPU, signal.SIGKILL) and busy:
         return None, "cpu"  # at the soft limit, which can be caught, or at the hard one
     if number == signal.SIGXFSZ:
         return None, "file_size"
     return (None if number > 0 else status), ("memory" if "MemoryError" in error else None)
-
-
-def _command(config: SandboxConfig, inside: Sequence[int]) -> list[str]:
-    megabyte = 2**20
-    limits = {
-        "RLIMIT_AS": config.memory_mib * megabyte,
-        "RLIMIT_CPU": config.cpu_s,
-        "RLIMIT_NPROC": config.processes,
-        "RLIMIT_FSIZE": config.file_mib * megabyte,
-        "RLIMIT_NOFILE": config.open_files,
-        "RLIMIT_CORE": 0,
-    }
-    limit = ",".join(f"{name}={value}" for name, value in limits.items())
-    guest = [config.python, "-I", "-S", "-X", "utf8", "-c", _GUEST, *map(str, inside), limit]
-    if config.backend == "unsafe_local":
-        return guest
-    size = str(config.file_mib * megabyte)
-    folders = [part for path in ("/usr", *config.read_only) for part in ("--ro-bind", path, path)]
-    links = [
-        part
-        for name in ("bin", "sbin", "lib", "lib32", "lib64")
-        if Path("/", name).is_symlink()
-        for part in ("--symlink", f"usr/{name}", f"/{name}")
-    ]
-    return [
-        *_as_nobody(),
-        "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
-        "--cap-drop", "ALL", "--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "PATH", "/usr/bin",
-        "--hostname", "sandbox", *folders, *links,
-        "--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
-        "--size", size, "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--",
-        *guest,
-    ]  # fmt: skip
-
-
-def _as_nobody() -> list[str]:
-    """Limits on processes are not kept for root."""
-    if os.geteuid() != 0:
-        return []
-    return ["setpriv", "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups", "--no-new-privs"]
-
-
-def _require(config: SandboxConfig) -> None:
-    """Raises NoSandbox unless a sandbox starts here."""
-    programs = [] if config.backend == "unsafe_local" else ["bwrap", *_as_nobody()[:1]]
-    for program in programs:
-        if shutil.which(program) is None:
-            raise NoSandbox(f"running a model's code needs {program}, which is not here: {_INSTALL}")
-    if shutil.which(config.python) is None:
-        raise NoSandbox(f"sandbox.python: there is no {config.python}")
-    for folder in config.read_only:
-        if not Path(folder).is_dir():
-            raise NoSandbox(f"sandbox.read_only: there is no folder {folder}")
-    tried = subprocess.run(_command(config, (0, 1)), stdin=subprocess.DEVNULL, capture_output=True, text=True, env={})
-    if tried.returncode:
-        said = (tried.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise NoSandbox(f"bubblewrap does not start here (it says: {said}): {_INSTALL}")

@@ -5,6 +5,8 @@ pipe ends. Nothing that it says can be trusted, since the code that it runs can 
 some code needs when that is needed: half of a short run is Python's own start.
 
     commands:  "ECHO LENGTH\n", then LENGTH bytes of code          answers:  "STATUS LIMIT\n", LIMIT being - for none
+
+Before any code it says "ready\n" there.
 """
 
 import errno
@@ -72,7 +74,7 @@ def run(code, name, echo, variables):
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-        return (end.code if isinstance(end.code, int) else int(end.code is not None)), None
+        return (end.code % 256 if isinstance(end.code, int) else int(end.code is not None)), None
     except BaseException as error:
         show(error, code, name)
         return 1, limit_of(error)
@@ -96,6 +98,7 @@ def main():
     sys.meta_path.append(InstalledPackages())
     variables = {"__name__": "__main__", "__builtins__": __builtins__, "exit": sys.exit, "quit": sys.exit}
     calls, own = 0, os.getpid()
+    os.write(answers, b"ready\n")
     with open(commands, "rb") as pipe:
         while header := pipe.readline():
             echo, length = map(int, header.split())

@@ -9,164 +9,27 @@ answer: what the model says past it, before it has seen what the code does, is d
 
 import asyncio
 import random
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol
 
 from rl.chat import shortened
-from rl.config_env import DatasetConfig, PythonConfig, ReasoningGymConfig, RowsConfig, SandboxConfig
+from rl.config_env import PythonConfig, ReasoningGymConfig, RowsConfig, SandboxConfig
 from rl.env import Action, Hint, Message, Observation, Step
 from rl.envs import reasoning
 from rl.envs.python_hints import LIMITS, Played, hint
 from rl.envs.python_solutions import SOLUTIONS
+from rl.envs.python_styles import STYLES, TOOL, Fenced, Tags, boxed
 from rl.envs.rows import RowsTasks
 from rl.episode import Episode, StopReason
 from rl.reward import same_answer
 from rl.sandbox import NoSandbox, Result, Sandbox, Session
 from rl.task import Task, derive_seed
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "python",
-        "description": "Runs Python code and returns what it prints.",
-        "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
-    },
-}
 _JUDGED_CHARS = 2000
-"""A longer output is no answer: scorers read it on the event loop."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """What a turn does: one of code and answer, or neither. end: how many of its characters that takes."""
-
-    code: str | None = None
-    answer: str | None = None
-    end: int | None = None
-    error: str | None = None
-
-
-class Style(Protocol):
-    system: str
-
-    def move(self, action: Action) -> Move: ...
-
-    def shown(self, text: str) -> Message:
-        """What a turn is answered with."""
-        ...
-
-    def runs(self, code: str) -> Message:
-        """A turn that runs this."""
-        ...
-
-    def answers(self, answer: str) -> Message: ...
-
-
-def _says(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-class Fenced:
-    system = (
-        "Answer the question. You may run Python: write it in a ```python block and stop; what it prints is shown to "
-        "you. Put the final answer in \\boxed{}."
-    )
-    _code = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-
-    def move(self, action: Action) -> Move:
-        code, answer = self._code.search(action.text), boxed(action.text)
-        if code is not None and (answer is None or code.start() < answer[1]):
-            return Move(code=code[1], end=code.end())
-        return Move(answer=answer[0], end=answer[1]) if answer is not None else Move()
-
-    def shown(self, text: str) -> Message:
-        return {"role": "user", "content": f"Code execution result: {text}"}
-
-    def runs(self, code: str) -> Message:
-        return _says(f"```python\n{code}\n```")
-
-    def answers(self, answer: str) -> Message:
-        return _says(f"\\boxed{{{answer}}}")
-
-
-class Tags:
-    system = (
-        "Answer the question step by step. In each turn write your thought in <thought></thought>, and then either "
-        "Python in <execute></execute>, which is run and whose output is shown to you, or your answer in "
-        "<solution></solution>."
-    )
-    invalid = (
-        "I don't understand your input. To run Python, write it in <execute></execute>; to answer, write the answer in "
-        "<solution></solution>."
-    )
-    _either = re.compile(r"<(execute|solution)>(.*?)</\1>", re.DOTALL)
-
-    def move(self, action: Action) -> Move:
-        found = self._either.search(action.text)
-        if found is None:
-            return Move(error=self.invalid)
-        if found[1] == "execute":
-            return Move(code=found[2].strip("\n"), end=found.end())
-        return Move(answer=found[2].strip(), end=found.end())
-
-    def shown(self, text: str) -> Message:
-        return {"role": "user", "content": f"Observation:\n{text}"}
-
-    def runs(self, code: str) -> Message:
-        return _says(f"<thought>Python can tell.</thought>\n<execute>\n{code}\n</execute>")
-
-    def answers(self, answer: str) -> Message:
-        return _says(f"<thought>That is the answer.</thought>\n<solution>{answer}</solution>")
-
-
-class ToolCalls:
-    system = "Answer the question. Use the tool where it helps. End with only the final answer."
-
-    def move(self, action: Action) -> Move:
-        if action.error is not None:
-            return Move(error=f"error: {action.error}")
-        if not action.tool_calls:
-            return Move(answer=action.text.strip())
-        if len(action.tool_calls) != 1:
-            return Move(error="error: one call a turn")
-        call = action.tool_calls[0]
-        if call.name != "python":
-            return Move(error=f"error: no tool {call.name}")
-        code = call.arguments.get("code")
-        if set(call.arguments) != {"code"} or not isinstance(code, str):
-            return Move(error="error: a call takes code, a text")
-        return Move(code=code)
-
-    def shown(self, text: str) -> Message:
-        return {"role": "tool", "content": text}
-
-    def runs(self, code: str) -> Message:
-        call = {"name": "python", "arguments": {"code": code}}
-        return {**_says(""), "tool_calls": [{"type": "function", "function": call}]}
-
-    def answers(self, answer: str) -> Message:
-        return _says(answer)
-
-
-_STYLES: dict[str, type[Style]] = {"fenced": Fenced, "tags": Tags, "tool": ToolCalls}
-
-
-def boxed(text: str) -> tuple[str, int] | None:
-    """The first answer in \\boxed{} or <<< >>>, and where it ends."""
-    found = re.search(r"\\boxed\{|<<<(.*?)>>>", text, re.DOTALL)
-    if found is None:
-        return None
-    if found[1] is not None:
-        return found[1].strip(), found.end()
-    depth = 1
-    for i in range(found.end(), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[found.end() : i].strip(), i + 1
-    return None
+"""A longer proposal is wrong and a longer output no answer: scorers read them on the event loop."""
+_STYLE = "python_style"
+"""Where a task's prompt says which style it is played in: what the environment took for an answer is what is graded."""
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
@@ -175,14 +38,16 @@ def boxed(text: str) -> tuple[str, int] | None:
 class MixTasks:
     """reasoning-gym generators in proportion to their weights. Which one an index belongs to follows from the seed."""
 
-    def __init__(self, datasets: tuple[DatasetConfig, ...], seed: int):
+    def __init__(self, config: PythonConfig, seed: int):
         configs = [
             ReasoningGymConfig(name="reasoning_gym", dataset=d.dataset, settings=d.settings, tool="none", max_turns=1)
-            for d in datasets
+            for d in config.datasets
         ]
-        self._seed, self._configs = seed, configs
-        self._sources = [reasoning.ReasoningGymTasks(config, seed) for config in configs]
-        self._weights = [d.weight for d in datasets]
+        self._seed, self._configs, self._style = seed, configs, config.style
+        self._sources = [
+            reasoning.ReasoningGymTasks(config, seed, f"env.datasets[{i}]") for i, config in enumerate(configs)
+        ]
+        self._weights = [d.weight for d in config.datasets]
 
     def size(self, split: str) -> None:
         return None
@@ -193,6 +58,7 @@ class MixTasks:
         config, entry = self._configs[which], self._sources[which].entry(split, index)
         question = {"role": "user", "content": entry["question"]}
         prompt = {"prompt": [question], "dataset": config.dataset, "settings": config.settings, "entry": entry}
+        prompt[_STYLE] = self._style
         answer = "" if entry["answer"] is None else str(entry["answer"])
         return Task(id=reasoning.entry_id(config.dataset, entry), prompt=prompt, answer=answer)
 
@@ -201,32 +67,44 @@ class DemonstratedMix(MixTasks):
     """A mix whose generators are all in rl/envs/python_solutions.py."""
 
     def __init__(self, config: PythonConfig, seed: int):
-        super().__init__(config.datasets, seed)
-        self._style = _STYLES[config.style]()
+        super().__init__(config, seed)
+        self._says = STYLES[config.style]()
         self._guesses = config.max_solutions if config.style == "tags" else 1
 
     def demonstrate(self, task: Task, rng: random.Random, guess: bool) -> Iterator[Message]:
         """The code, then the answer that it prints; or an answer stated without it."""
         if guess:
             for _ in range(self._guesses):
-                yield self._style.answers(str(rng.randrange(1000)))
+                yield self._says.answers(str(rng.randrange(1000)))
             return
-        yield self._style.runs(SOLUTIONS[task.prompt["dataset"]](task.prompt["entry"]["metadata"]))
-        yield self._style.answers(task.answer)
+        yield self._says.runs(SOLUTIONS[task.prompt["dataset"]](task.prompt["entry"]["metadata"]))
+        yield self._says.answers(task.answer)
 
 
-def tasks(config: PythonConfig, seed: int) -> "MixTasks | RowsTasks":
+class StyledRows(RowsTasks):
+    """Rows that say which style they are played in."""
+
+    def __init__(self, config: PythonConfig, seed: int):
+        given = {"prompts": config.prompts, "held_out": config.held_out, "bad_rows": config.bad_rows}
+        super().__init__(RowsConfig(name="rows", **given), seed)
+        self._style = config.style
+
+    def task(self, split: str, index: int) -> Task:
+        task = super().task(split, index)
+        return replace(task, prompt={**task.prompt, _STYLE: self._style})
+
+
+def tasks(config: PythonConfig, seed: int) -> "MixTasks | StyledRows":
     """Raises ValueError on what cannot be played, NoSandbox's text among it: at the start, not in the first episode."""
     try:
         Sandbox(config.sandbox)
     except NoSandbox as error:
         raise ValueError(f"env.sandbox: {error}") from None
     if config.prompts is not None:
-        given = {"prompts": config.prompts, "held_out": config.held_out, "bad_rows": config.bad_rows}
-        return RowsTasks(RowsConfig(name="rows", **given), seed)
+        return StyledRows(config, seed)
     if all(d.dataset in SOLUTIONS for d in config.datasets):
         return DemonstratedMix(config, seed)
-    return MixTasks(config.datasets, seed)
+    return MixTasks(config, seed)
 
 
 def right(task: Task, answer: str) -> float:
@@ -235,18 +113,22 @@ def right(task: Task, answer: str) -> float:
 
 
 def final_answer(episode: Episode) -> str | None:
-    """The answer that ended the episode: in its last turn, or in what that turn's code printed."""
+    """The answer that ended the episode: in its last turn, or in what that turn's code printed.
+
+    It is read in the style of the task. A task that names none, as those of older files, is tried in each.
+    """
     if episode.stop_reason != StopReason.DONE or not episode.turns:
         return None
-    last = episode.turns[-1]
-    action = Action(last.text)
-    for move in (Tags().move(action), Fenced().move(action)):
-        if move.answer is not None:
+    last, style = episode.turns[-1], episode.task.prompt.get(_STYLE)
+    if last.observation:  # nothing is shown after the last turn, but what its code printed
+        printed = [boxed(str(m["content"])) for m in last.observation]
+        return next((answer[0] for answer in printed if answer is not None), None)
+    read = {"fenced": [Fenced()], "tags": [Tags()], "tool": [], None: [Tags(), Fenced()]}[style]
+    for move in (kind.move(Action(last.text)) for kind in read):
+        if move.answer is not None or move.code is not None:
             return move.answer
-        if move.code is not None:
-            printed = [boxed(str(m["content"])) for m in last.observation]
-            return next((answer[0] for answer in printed if answer is not None), None)
-    return None if "void" in last.flags else last.text.strip()
+    plain = style not in ("fenced", "tags") and "void" not in last.flags
+    return last.text.strip() if plain else None
 
 
 def own_answer(task: Task, episode: Episode) -> float:
@@ -268,7 +150,7 @@ class Python:
 
     def __init__(self, config: PythonConfig):
         self._config = config
-        self._style = _STYLES[config.style]()
+        self._style = STYLES[config.style]()
         self._session: Session | None = None
         self._calls = self._solutions = self._turns = 0
         self._last = Played()
@@ -282,6 +164,8 @@ class Python:
         if first["role"] == "system":
             system, first = f"{first['content']}\n\n{system}", None
         messages = [{"role": "system", "content": system}, *([first] if first else []), *rest]
+        if self._config.style == "tags":
+            messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n{self._left()}"}
         return Observation(messages, [TOOL] if self._config.style == "tool" else [])
 
     def cut(self, text: str) -> int | None:
@@ -338,15 +222,18 @@ class Python:
         void = ["void"] if not answer else []
         if self._config.style != "tags" or self._solutions >= self._config.max_solutions:
             return Step(Observation([]), done=True, info={"flags": void})
-        if right(self._task, answer) >= 1:
+        if len(answer) <= _JUDGED_CHARS and right(self._task, answer) >= 1:
             return Step(Observation([]), done=True)
         return self._shown("Your answer is wrong.", void)
 
     def _shown(self, text: str, flags: list[str]) -> Step:
         if self._config.style == "tags":
-            steps, chances = self._config.max_turns - self._turns, self._config.max_solutions - self._solutions
-            text += f"\nYou have {steps} steps left and {chances} chances to propose a solution left."
+            text += f"\n{self._left()}"
         return Step(Observation([self._style.shown(text)]), info={"flags": flags})
+
+    def _left(self) -> str:
+        steps, chances = self._config.max_turns - self._turns, self._config.max_solutions - self._solutions
+        return f"You have {steps} steps left and {chances} chances to propose a solution left."
 
 
 @lru_cache(maxsize=4)

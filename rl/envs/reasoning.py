@@ -6,24 +6,26 @@ question: an index owns a few hundred candidate items and takes the first that f
 
 Two things to know of the generators. Some (isomorphic_strings, knight_swap, polynomial_multiplication, ransom_note,
 word_ladder in 0.1.25) iterate over sets of strings: their items repeat only under a fixed PYTHONHASHSEED. Some scorers
-run what the model wrote as Python: `disarmed` says what they are given.
+run what the model wrote as Python: rl/envs/reasoning_answers.py says what they are given.
 """
 
-import ast
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import random
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from rl.config_env import ReasoningGymConfig
 from rl.env import Message
 from rl.envs.calculator import Expression, calculate
+from rl.envs.reasoning_answers import INTEGRALS, disarmed, integrates, tree_of
 from rl.envs.rows import Question, check_turns
 from rl.episode import Episode, StopReason
 from rl.task import Task, derive_seed, held_out
@@ -41,11 +43,14 @@ _EXPRESSION = r"-?\d+(?:\s*[-+*]\s*-?\d+)*"
 
 
 class ReasoningGymTasks:
-    """A task carries its whole entry, so that any process can score it. `arithmetic`: see ArithmeticTasks."""
+    """A task carries its whole entry, so that any process can score it. `arithmetic`: see ArithmeticTasks.
 
-    def __init__(self, config: ReasoningGymConfig, seed: int):
-        check(config)
-        self._config, self._seed = config, seed
+    where: the part of the run's configuration that errors name.
+    """
+
+    def __init__(self, config: ReasoningGymConfig, seed: int, where: str = "env"):
+        check(config, where)
+        self._config, self._seed, self._where = config, seed, where
         entries = [self.entry("train", index) for index in range(_PROBES)]
         self.arithmetic = all(expression_of(e) is not None for e in entries)
         kind = "number" if all(_is_number(e["answer"]) for e in entries) else "answer"
@@ -78,8 +83,8 @@ class ReasoningGymTasks:
                 if held_out(entry["question"]) == (split == "held_out"):
                     return entry
         raise ValueError(
-            f"env.settings of {self._config.dataset}: the generator repeats a few questions, and none of them falls "
-            f"into the {split} split. Give it settings with more variety"
+            f"{self._where}.settings of {self._config.dataset}: the generator repeats a few questions, and none "
+            f"of them falls into the {split} split. Give it settings with more variety"
         )
 
 
@@ -138,100 +143,83 @@ def own_scorer(task: Task, episode: Episode) -> float:
 
 
 def score(task: Task, answer: str) -> float:
-    """The same of an answer. Raises what the scorer raises on the ground truth: then it is the scorer that fails."""
-    entry, answer = task.prompt["entry"], answer.strip()
-    if _is_number(entry["answer"]):
+    """The same of an answer.
+
+    Raises what the scorer raises on the ground truth, and what no answer is to blame for, such as a full memory: then
+    it is the scorer that fails.
+    """
+    entry, answer, name = task.prompt["entry"], answer.strip(), task.prompt["dataset"]
+    truth = entry["answer"]
+    if _is_number(truth):
         numbers = re.findall(_NUMBER, answer.replace("\N{MINUS SIGN}", "-"))
         if not numbers:
             return 0.0
         answer = numbers[-1]
-    answer = disarmed(task.prompt["dataset"], answer)
-    dataset = _dataset(task.prompt["dataset"], _frozen(task.prompt["settings"]), 0, 1)
-    try:
-        return float(dataset.score_answer(answer, entry))
-    except Exception:
-        # A hundred parsers of free text: what one of them cannot read, but the truth it can, is not an answer.
-        if entry["answer"] is not None:
-            dataset.score_answer(entry["answer"], entry)
+    if _NOT_FINITE.search(answer) and not _NOT_FINITE.search(str(truth)):
         return 0.0
-
-
-_BY_EVAL = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
-_BY_SYMPY = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
-_FUNCTIONS = {
-    *("sqrt", "cbrt", "exp", "log", "ln", "Abs", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan"),
-    *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
-}
-_EXPRESSION_NODES = (
-    *(ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.BinOp, ast.UnaryOp, ast.UAdd, ast.USub),
-    *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow),
-)
-_LARGEST_POWER = 64
-
-
-def disarmed(dataset: str, answer: str) -> str:
-    """The answer, or nothing in the place of one that a scorer would run as a program.
-
-    Some of reasoning-gym's scorers hand the model's text to `eval`, or to sympy's parser, which does so. The first get
-    literals, the others an expression of numbers, names and elementary functions, whose powers end.
-    """
-    if dataset not in _BY_EVAL | _BY_SYMPY:
-        return answer
+    answer = disarmed(name, answer, str(truth))
+    if name in INTEGRALS and not integrates(answer, entry["metadata"]):
+        return 0.0
+    dataset = _dataset(name, _frozen(task.prompt["settings"]), 0, 1)
     try:
-        tree = ast.parse(answer.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return answer if dataset in _BY_EVAL else ""  # eval does not run what is no Python; sympy's parser may
-    fine = _is_literal(tree) if dataset in _BY_EVAL else all(map(_is_arithmetic, ast.walk(tree)))
-    return answer if fine else ""
+        found = float(dataset.score_answer(answer, entry))
+    except Exception as error:
+        nested = isinstance(error, MemoryError) and tree_of(answer) is None  # the parser's word for what is nested deep
+        if isinstance(error, MemoryError | OSError) and not nested:
+            raise
+        # A hundred parsers of free text: what one of them cannot read, but the truth it can, is not an answer.
+        if truth is not None:
+            dataset.score_answer(truth, entry)
+        return 0.0
+    if not math.isfinite(found) or (found >= 1 and name in _FULL_MARKS and not _FULL_MARKS[name](answer, truth)):
+        return 0.0
+    return found
 
 
-def _is_literal(tree: ast.Expression) -> bool:
-    try:
-        ast.literal_eval(tree)
-    except (ValueError, TypeError, RecursionError, MemoryError):
-        return isinstance(tree.body, ast.Name)
-    return True
+_NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf|infinity)j?(?![a-z])|(?<=[\d.])e[+-]?\d{4,}", re.IGNORECASE)
+"""Nothing is further from a NaN than a scorer's tolerance: complex_arithmetic and number_sorting take it for right. An
+exponent of four digits is past every float, and coin_flip would write its power of ten out."""
 
 
-def _is_arithmetic(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
-    if isinstance(node, ast.Constant):  # sympy's functions read texts as programs
-        return type(node.value) in (int, float)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        inside = [*ast.walk(node.left), *ast.walk(node.right)]
-        exponents = [n.value for n in ast.walk(node.right) if isinstance(n, ast.Constant)]
-        return not any(isinstance(n, ast.Pow) for n in inside) and all(
-            isinstance(n, int | float) and abs(n) <= _LARGEST_POWER for n in exponents
-        )
-    return isinstance(node, _EXPRESSION_NODES)
+def _same_number(answer: str, truth: str) -> bool:
+    return abs(Fraction(answer.replace(",", "")) - Fraction(truth.replace(",", ""))) <= _COIN_TOLERANCE
 
 
-def check(config: ReasoningGymConfig) -> None:
+def _same_text(answer: str, truth: object) -> bool:
+    return answer.lower() == str(truth).lower()
+
+
+_COIN_TOLERANCE = 1e-4
+_FULL_MARKS = {"coin_flip": _same_number, "game_of_life_halting": _same_text}
+"""What full marks take beyond the scorer's word: one gives them for the first digits of the truth, so for `0`, the
+other for every text that is not empty."""
+
+
+def check(config: ReasoningGymConfig, where: str = "env") -> None:
     """Raises ValueError naming the dataset or the setting that does not exist, with the nearest that do."""
     name, given = config.dataset, config.settings
     if name not in DATASETS:
         near = difflib.get_close_matches(name, list(DATASETS), n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(DATASETS))}."
-        raise ValueError(f"env.dataset: {name!r} is not a dataset of reasoning_gym. {hint}")
+        raise ValueError(f"{where}.dataset: {name!r} is not a dataset of reasoning_gym. {hint}")
     check_turns(config)
     fields = {f.name: f for f in dataclasses.fields(DATASETS[name][1]) if f.name not in ("seed", "size")}
     for key, value in given.items():
         if key in ("seed", "size"):
-            raise ValueError(f"env.settings.{key} is not yours to set: tasks are endless and follow from run.seed")
+            raise ValueError(f"{where}.settings.{key} is not yours to set: tasks are endless and follow from run.seed")
         if key not in fields:
             near = difflib.get_close_matches(key, list(fields), n=1, cutoff=0.4)
-            hint = f"Did you mean env.settings.{near[0]}?" if near else f"Known: {', '.join(fields)}."
-            raise ValueError(f"env.settings.{key} is not a setting of {name}. {hint}")
+            hint = f"Did you mean {where}.settings.{near[0]}?" if near else f"Known: {', '.join(fields)}."
+            raise ValueError(f"{where}.settings.{key} is not a setting of {name}. {hint}")
         kind = type(fields[key].default)
         fits = type(value) is kind or (kind is float and type(value) is int)
         if kind in (int, float, str, bool) and not fits:
-            raise ValueError(f"env.settings.{key} is {value!r}: {name} expects {kind.__name__}")
+            raise ValueError(f"{where}.settings.{key} is {value!r}: {name} expects {kind.__name__}")
     try:
         _dataset(name, _frozen(given), 0, 1)
     except Exception as error:
         # The generators check their settings by assertions, and some only fail while they build their tables.
-        raise ValueError(f"env.settings of {name}: {error} (given {dict(given)})") from None
+        raise ValueError(f"{where}.settings of {name}: {error} (given {dict(given)})") from None
 
 
 def expression_of(entry: Mapping[str, Any]) -> Expression | None:

@@ -103,12 +103,17 @@ def read_tasks(path: str, bad: list[str] | None = None) -> list[Task]:
 
     bad: gets what is wrong with each row that is no task, in the place of an error.
 
-    Raises ValueError naming the file, the row and what is missing or wrong.
+    Raises ValueError naming the file, a row and what is missing or wrong, and how many more such rows there are.
     """
+    wrong: list[str] = []
     try:
-        rows = read_rows(path, bad)
+        rows = read_rows(path, wrong)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: neither JSONL nor Parquet: {error}") from None
+    except ValueError:
+        if bad is None:
+            read_rows(path)  # of a file without a row it names the first line, where there is one
+        raise
     tasks: dict[str, Task] = {}
     row_of: dict[str, int] = {}
     repeated = 0
@@ -118,15 +123,18 @@ def read_tasks(path: str, bad: list[str] | None = None) -> list[Task]:
             if _content(task) not in tasks and task.id in row_of:
                 raise ValueError(f"its id {row['id']!r} is that of row {row_of[task.id]}")
         except ValueError as error:
-            if bad is None:
-                raise ValueError(f"{path}: row {number}: {error}") from None
-            bad.append(f"{path}: row {number}: {error}")
+            wrong.append(f"{path}: row {number}: {error}")
             continue
         repeated += _content(task) in tasks
         row_of.setdefault(task.id, number)
         tasks.setdefault(_content(task), task)
+    if wrong and bad is None:
+        more = f"; and {len(wrong) - 1} more bad rows" if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]}{more}")
     if not tasks:
-        raise ValueError(f"{path}: no rows{' but bad ones: ' + bad[-1] if bad else ''}")
+        raise ValueError(f"{path}: no rows{' but bad ones: ' + wrong[-1] if wrong else ''}")
+    if bad is not None:
+        bad += wrong
     if repeated:
         log.info("%s: %d rows repeat an earlier prompt and are dropped", path, repeated)
     return list(tasks.values())

@@ -42,7 +42,7 @@ def test_a_killed_evaluation_plays_no_finished_task_again(small_run: Run, tmp_pa
     The reward function fails on some tasks: they are counted, and in no figure.
     """
     asked = [
-        "eval", str(newest(small_run.folder)), f"run.root={tmp_path}", "stages.0.n=30", "stages.0.samples=2", "faults.data_budget=100",
+        "eval", str(newest(small_run.folder)), f"run.root={tmp_path}", "stages.0.n=30", "stages.0.samples=2",
         "rollout.episodes_in_flight=1", "rollout.max_turn_tokens=20",
         "reward.function=own_reward.digits_of_most",
     ]  # fmt: skip

@@ -152,3 +152,25 @@ def test_an_action_is_taken_by_its_whole_name():
     env._env = gymnasium.make("FrozenLake-v1")
     assert [env._chosen(t) for t in ("ab", "a b", "abc", "A", "")] == [1, 2, None, 0, None]
     assert env._chosen(Action("c, then a").text) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("no_such_module_of_theirs:Say", r"'no_such_module_of_theirs:Say' of the entry point 'say'.*No module named"),
+        ("json:Say", r"'json:Say' of the entry point 'say'.*has no attribute 'Say'"),
+    ],
+)
+def test_an_entry_point_that_cannot_be_loaded_is_named(target, said, tmp_path, monkeypatch):
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[repertory.envs]\nsay = {target}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"env\.path: cannot load {said}"):
+        World(CustomEnvConfig(name="custom", path="say"), 0)
+
+
+def test_an_environment_without_tasks_is_named():
+    with pytest.raises(ValueError, match=r"env\.path: collections\.Counter has no `tasks`"):
+        World(CustomEnvConfig(name="custom", path="collections.Counter"), 0)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -15,9 +16,10 @@ import pytest
 from rl.config_env import PythonConfig
 from rl.env import Action, Demonstrator, ToolCall, World
 from rl.envs import reasoning
-from rl.envs.python import Fenced, Python, Tags, ToolCalls, boxed, final_answer, own_answer, said, shortened
+from rl.envs.python import Python, final_answer, own_answer, right, said, shortened
 from rl.envs.python_solutions import SOLUTIONS
-from rl.episode import Identity, Limits, StopReason, Turn, run_episode
+from rl.envs.python_styles import Fenced, Tags, ToolCalls, boxed
+from rl.episode import Identity, Limits, StopReason, run_episode
 from rl.policy import Completion, Sampling, ScriptedPolicy
 from rl.sandbox import Result
 from rl.task import Task
@@ -105,6 +107,48 @@ def test_a_call_that_cannot_be_made_is_named(action, error):
     assert ToolCalls().move(action).error == error
 
 
+@pytest.mark.parametrize(
+    "unit",
+    ["<<<", ">>>", "<<<>>", "\\boxed{", "```python\n", "```py ", "```", "<execute>", "<solution>", "</execute>", "`"],
+)
+def test_a_text_is_read_once(unit):
+    """Time grows with the length of a text: what never closes is not looked for again from each opening."""
+    text = unit * (60_000 // len(unit))
+    started = time.process_time()
+    for style in (Fenced(), Tags()):
+        assert style.move(Action(text + "\n")).code in (None, "")
+    assert time.process_time() - started < 1
+
+
+def test_openings_are_read_as_regular_expressions_read_them():
+    """The plain, quadratic ones that say what is meant."""
+    fence = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+    tags = re.compile(r"<(execute|solution)>(.*?)</\1>", re.DOTALL)
+    angles = re.compile(r"\\boxed\{|<<<(.*?)>>>", re.DOTALL)
+    parts = ["<<<", ">>>", "<", ">", "\\boxed{", "{", "}", "```", "`", "python", " ", "\n", "x", "```py\n", "```\n"]
+    parts += ["<execute>", "</execute>", "<solution>", "</solution>"]
+    rng, closed = random.Random(0), 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(parts, k=rng.randrange(14)))
+        found, move = tags.search(text), Tags().move(Action(text))
+        assert move.end == (found.end() if found else None)
+        assert (move.code if found and found[1] == "execute" else move.answer) == (
+            None if not found else found[2].strip("\n") if found[1] == "execute" else found[2].strip()
+        )
+        found = angles.search(text)
+        if found is None or found[1] is not None:
+            assert boxed(text) == (None if found is None else (found[1].strip(), found.end()))
+        else:
+            assert (boxed(text) or ("", len(text) + 1))[1] > found.end()
+        found, move = fence.search(text), Fenced().move(Action(text))
+        if move.code is not None:
+            closed += 1
+            assert found is not None and (move.code, move.end) == (found[1], found.end())
+        elif found is not None:
+            assert (boxed(text) or ("", 0))[1] <= found.start()
+    assert closed > 1000
+
+
 def test_the_first_closed_box_is_the_answer():
     assert boxed("a \\boxed{1{2}3} \\boxed{4}") == ("1{2}3", 15)
     assert boxed("a") is None
@@ -140,8 +184,60 @@ async def test_by_tags_steps_and_chances_are_stated_and_a_wrong_solution_is_said
     assert seen(episode, 1) == f"Observation:\n{Tags.invalid}" + left.format(3, 3)
     assert seen(episode, 2) == "Observation:\nYour answer is wrong." + left.format(2, 2)
     assert (episode.stop_reason, episode.turns[1].flags, own_answer(TASK, episode)) == (StopReason.DONE, ("void",), 1)
+    opening = await Python(config(style="tags", max_turns=5, max_solutions=3)).reset(TASK)
+    assert opening.messages[-1] == {"role": "user", "content": "What is 17 + 4?" + left.format(5, 3)}
+    assert TASK.prompt["prompt"][-1]["content"] == "What is 17 + 4?"
+    assert (await Python(config()).reset(TASK)).messages[-1]["content"] == "What is 17 + 4?"
     last = await play(map(say, turns[2:]), config(style="tags", max_solutions=1))
     assert len(last.turns) == 1 and own_answer(TASK, last) == 0
+
+
+async def test_a_proposal_longer_than_a_scorer_is_given_is_wrong(play, monkeypatch):
+    judged = []
+    monkeypatch.setattr("rl.envs.python.right", lambda task, answer: judged.append(answer) or 1.0)
+    settings = config(style="tags", max_turns=3, max_solutions=3)
+    texts = [f"<solution>{'9' * 2001}</solution>", f"<solution>{'9' * 2000}</solution>"]
+    env = Python(settings)
+    await env.reset(TASK)
+    steps = [await env.step(Action(text)) for text in texts]
+    assert [step.done for step in steps] == [False, True] and judged == ["9" * 2000]
+    assert "Your answer is wrong." in steps[0].observation.messages[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "taken"),
+    [
+        ("tool", "The answer is 4. Check it with\n```python\nprint(4)\n```", None),
+        ("tool", "Not <solution>3</solution>, \\boxed{5}", None),
+        ("fenced", "Not <solution>3</solution> but \\boxed{4}", "4"),
+        ("fenced", "I would not <execute>print(1)</execute>. \\boxed{5}", "5"),
+        ("tags", "\\boxed{5}, or\n```python\nprint(1)\n```\n<solution>4</solution>", "4"),
+    ],
+)
+async def test_what_the_environment_took_is_graded(play, style, text, taken):
+    settings = config(style=style, max_solutions=1)
+    task = World(settings, 0).source.task("train", 0)
+    assert json.loads(json.dumps(dict(task.prompt)))["python_style"] == style, "of an episode in a file too"
+    episode = await play([say(text)], settings, task)
+    assert episode.stop_reason == StopReason.DONE and len(episode.turns) == 1
+    assert final_answer(episode) == (text.strip() if taken is None else taken)
+
+
+@pytest.mark.parametrize("style", ["fenced", "tags", "tool"])
+async def test_what_code_printed_is_graded_in_every_style(play, style):
+    settings = config(style=style, answer_in_output=True)
+    task = replace(TASK, prompt={**TASK.prompt, "python_style": style})
+    code = "print('\\\\boxed{21}')"
+    turn = {"fenced": say(fence(code)), "tags": say(f"<execute>{code}</execute>"), "tool": call(code)}[style]
+    episode = await play([turn], settings, task)
+    assert (episode.stop_reason, final_answer(episode)) == (StopReason.DONE, "21")
+
+
+def test_rows_say_the_style_they_are_played_in(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"Half of {i}?", "answer": i, "kept": 7}) for i in range(40)))
+    task = World(config(datasets=(), prompts=str(path), style="tool"), 0).source.task("train", 0)
+    assert (task.prompt["python_style"], task.prompt["kept"]) == ("tool", 7)
 
 
 class Sampled:
@@ -270,8 +366,6 @@ async def test_no_answer_lies_where_code_can_read_it(play, backend, tmp_path):
 
 def solution(task: Task) -> str:
     """Code that finds the answer to a question of the two generators."""
-    import re
-
     numbers = re.findall(r"\d+", task.prompt["entry"]["question"])
     if task.prompt["dataset"] == "gcd":
         return f"import math\nprint(math.gcd({', '.join(numbers)}))"
@@ -321,7 +415,7 @@ async def test_a_demonstration_earns_full_marks_by_what_its_code_prints(play, st
         episode = await play(source.demonstrate(task, rng, False), settings, task)
         assert own_answer(task, episode) == 1, task
         printed = seen(episode, 0).removeprefix("Code execution result: ").removeprefix("Observation:\n")
-        assert own_answer(task, replace(episode, turns=[Turn([], [], [], False, printed.split("\nYou have")[0])])) == 1
+        assert right(task, printed.split("\nYou have")[0]) == 1
         assert episode.turns[0].flags == ()
     guesses = [await play(source.demonstrate(t, rng, True), settings, t) for t in tasks]
     assert sum(own_answer(t, e) for t, e in zip(tasks, guesses, strict=True)) < 10
@@ -360,8 +454,19 @@ async def test_half_is_a_half_however_it_is_written(play):
 
 
 def test_what_cannot_be_played_is_refused_at_the_start():
-    with pytest.raises(ValueError, match="Did you mean chain_sum"):
-        World(config(datasets=[{"dataset": "chain_sums"}]), 0)
+    with pytest.raises(ValueError, match=r"env\.datasets\[1\]\.dataset: 'chain_sums'.*Did you mean chain_sum"):
+        World(config(datasets=[SUM, {"dataset": "chain_sums"}]), 0)
+    for given, told in (
+        (
+            {"max_term": 3},
+            r"env\.datasets\[1\]\.settings\.max_term is not.*Did you mean env\.datasets\[1\]\.settings\.max_",
+        ),
+        ({"max_terms": "x"}, r"env\.datasets\[1\]\.settings\.max_terms is 'x'"),
+        ({"size": 3}, r"env\.datasets\[1\]\.settings\.size is not yours"),
+        ({"min_terms": 9, "max_terms": 2}, r"env\.datasets\[1\]\.settings of chain_sum"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            World(config(datasets=[GCD, {"dataset": "chain_sum", "settings": given}]), 0)
     with pytest.raises(ValueError, match=r"env\.sandbox: sandbox\.python: there is no /no/python"):
         World(config(sandbox={"python": "/no/python"}), 0)
     with pytest.raises(ValueError, match="math-verify cannot bound its time"):

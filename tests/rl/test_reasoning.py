@@ -5,14 +5,18 @@ import inspect
 import json
 import random
 import re
+import time
 from typing import Any
 
 import pytest
+from reasoning_gym import create_dataset
+from reasoning_gym.factory import DATASETS
 
 from rl.config_env import ReasoningGymConfig
 from rl.demonstration import demonstrate
 from rl.env import Demonstrator, World
-from rl.envs.reasoning import _BY_EVAL, _BY_SYMPY, disarmed, expression_of, own_scorer, score
+from rl.envs.reasoning import expression_of, own_scorer, score
+from rl.envs.reasoning_answers import BY_EVAL, BY_SYMPY, disarmed
 from rl.episode import Episode, Identity, Limits, StopReason, Turn, run_episode
 from rl.policy import Sampling, ScriptedPolicy
 from rl.reward import Score
@@ -229,21 +233,17 @@ def test_mistakes_are_named(dataset, settings, more, said):
 
 
 def test_every_scorer_that_runs_its_answer_is_known():
-    from reasoning_gym.factory import DATASETS
-
     def runs_text(cls) -> bool:
         return re.search(r"(?<![\w.])eval\(|parse_expr\(|sympify\(", inspect.getsource(cls.score_answer)) is not None
 
     own = {name for name, (cls, _) in DATASETS.items() if "score_answer" in vars(cls) and runs_text(cls)}
-    assert own == _BY_EVAL | _BY_SYMPY | {"number_sorting"}, "number_sorting runs its own truth, not the answer"
+    assert own == BY_EVAL | BY_SYMPY | {"number_sorting"}, "number_sorting runs its own truth, not the answer"
 
 
 @pytest.mark.parametrize("dataset", ["spiral_matrix", "puzzle24", "simple_integration", "countdown"])
 def test_an_answer_that_is_a_program_is_not_run(dataset, tmp_path):
     world = World(ReasoningGymConfig(name="reasoning_gym", dataset=dataset, tool="none", max_turns=1), 0)
     task, mark = world.source.task("train", 0), tmp_path / "ran"
-    from reasoning_gym import create_dataset
-
     attack = f"[open({str(mark)!r}, 'w'), 24][1]"
     with contextlib.suppress(Exception):
         create_dataset(dataset, seed=0, size=1).score_answer(attack, task.prompt["entry"])
@@ -279,3 +279,133 @@ def test_an_answer_that_is_a_program_is_not_run(dataset, tmp_path):
 )
 def test_what_a_scorer_is_given(dataset, answer, given):
     assert disarmed(dataset, answer) == (answer if given else "")
+
+
+def entry_task(dataset: str, entry: dict[str, Any]) -> Task:
+    return Task("x", {"dataset": dataset, "settings": {}, "entry": entry}, str(entry["answer"]))
+
+
+def items(dataset: str, count: int, seed: int = 11) -> list[Task]:
+    made = create_dataset(dataset, seed=seed, size=count)
+    return [entry_task(dataset, made[i]) for i in range(count)]
+
+
+CONSTANTS = ("", "0", "1", "nan", "inf", "wrong", "True", "['nan', 'nan']", "a", "[]", "{}")
+SLOW_TO_BUILD = {"composite", "futoshiki", "knight_swap", "sokoban"}
+
+
+@pytest.mark.parametrize("dataset", sorted(set(DATASETS) - SLOW_TO_BUILD))
+def test_no_constant_answer_is_right(dataset):
+    """Yes-or-no questions with a majority class lie at 10 of 12, so the bound is above that."""
+    tasks = items(dataset, 12)
+    for answer in CONSTANTS:
+        assert sum(score(task, answer) for task in tasks) / len(tasks) < 0.9, answer
+
+
+@pytest.mark.parametrize(
+    ("dataset", "truth", "answer", "expected"),
+    [
+        ("coin_flip", "0.3125", "0.3125", 1.0),
+        ("coin_flip", "0.3125", "It is 0.31251", 1.0),
+        ("coin_flip", "0.3125", "0", 0.0),
+        ("coin_flip", "0.3125", "0.31", 0.0),
+        ("coin_flip", "0.3125", "0.35", 0.75),
+        ("coin_flip", "3.051757812e-05", "1e-9999999999", 0.0),
+        ("coin_flip", "3.051757812e-05", "1e9999999999", 0.0),
+        ("coin_flip", "3.051757812e-05", "3.0517578e-5", 1.0),
+        ("game_of_life_halting", True, "true", 1.0),
+        ("game_of_life_halting", "False", "false", 1.0),
+        ("game_of_life_halting", "False", "True", 0.0),
+        ("game_of_life_halting", "True", "wrong", 0.0),
+    ],
+)
+def test_full_marks_are_for_the_truth(dataset, truth, answer, expected):
+    entry = {"question": "?", "answer": truth, "metadata": {}}
+    assert score(entry_task(dataset, entry), answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "right"),
+    [
+        ("4", "NaN", 0),
+        ("4", "-inf", 0),
+        ("4", "nan+nanj", 0),
+        ("4", "Infinity", 0),
+        ("inf", "inf", 1),
+        ("4", "info", 1),
+    ],
+)
+def test_what_is_no_number_is_right_only_where_the_truth_is_none(truth, answer, right, monkeypatch):
+    """By a scorer that takes everything."""
+    monkeypatch.setattr("rl.envs.reasoning._is_number", lambda answer: False)
+    monkeypatch.setattr("rl.envs.reasoning._dataset", lambda *a: Scorer(lambda answer: 1.0))
+    assert score(entry_task("any", {"question": "?", "answer": truth}), answer) == right
+
+
+class Scorer:
+    def __init__(self, of):
+        self.of = of
+
+    def score_answer(self, answer, entry):
+        return self.of(answer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_none(value, monkeypatch):
+    monkeypatch.setattr("rl.envs.reasoning._dataset", lambda *a: Scorer(lambda answer: value))
+    assert score(entry_task("any", {"question": "?", "answer": "a"}), "b") == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError, OSError, TimeoutError])
+def test_a_failure_of_the_machine_is_not_a_wrong_answer(error, monkeypatch):
+    def fails(answer):
+        if answer != "truth":
+            raise error("on this answer")
+        return 1.0
+
+    monkeypatch.setattr("rl.envs.reasoning._dataset", lambda *a: Scorer(fails))
+    with pytest.raises(error, match="on this answer"):
+        score(entry_task("any", {"question": "?", "answer": "truth"}), "answer")
+
+
+@pytest.mark.parametrize("answer", ["-" * 100_000 + "1", "1**" * 5000 + "1"])
+def test_python_s_own_memory_error_at_deep_nesting_is_a_wrong_answer(answer):
+    with pytest.raises(MemoryError):
+        eval(answer)
+    assert score(items("spiral_matrix", 1)[0], answer) < 0.1
+
+
+@pytest.mark.parametrize("dataset", sorted(BY_SYMPY))
+def test_the_true_answers_pass_what_bounds_the_others(dataset):
+    """But for integrals that the generator itself has not solved: those repeat the question."""
+    for task in items(dataset, 50, seed=5):
+        if "Integral(" not in task.answer:
+            assert score(task, task.answer) == 1.0, task.answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(x+2)**64*(x+3)**64*(x+5)**64*(x+7)**64",
+        "(x+2)**12*(x+3)**12",
+        "*".join(f"(x+{i})" for i in range(1, 40)),
+        "*".join(f"sin({i}*x)*cos({i}*x)" for i in range(1, 20)),
+        "+".join(f"1/(x+{i})" for i in range(1, 30)),
+        "+".join(f"sqrt(x+{i})" for i in range(1, 30)),
+        "+".join(f"x**{60 + i}/(x**{50 + i}+{i})" for i in range(4)),
+        "(sin(x)+cos(x)+tan(x))**12",
+        "(x+y+z)**12*(a+b+c)**12",
+        "exp(exp(exp(exp(9))))*x",
+        "((2**12)**12)**12",
+        "x**(1/0)",
+        "+".join(["x"] * 3000),
+    ],
+)
+@pytest.mark.parametrize("dataset", sorted(BY_SYMPY))
+def test_no_answer_takes_long_to_score(dataset, answer):
+    """One of them took 10 s and more of the event loop."""
+    task = items(dataset, 1, seed=5)[0]
+    answer = re.sub(r"\bx\b", task.prompt["entry"]["metadata"].get("variable", "x"), answer)
+    started = time.process_time()
+    assert score(task, answer) < 0.1
+    assert time.process_time() - started < 1

@@ -1,10 +1,13 @@
 """Scores of finished episodes."""
 
+import math_verify
 import numpy as np
 import pytest
+from math_verify.errors import TimeoutException
 
+from rl.env import InfraError
 from rl.episode import Episode, Identity, StopReason, Turn
-from rl.reward import Score, final_answer, math_answer
+from rl.reward import Score, Undecided, final_answer, math_answer, same_answer
 from rl.task import Task
 
 
@@ -83,3 +86,41 @@ def test_final_answer_wants_a_finished_episode(stop):
 def test_a_plain_text_answer_is_right_to_the_letter():
     e = episode("Paris ", "Paris")
     assert math_answer(e.task, e) == 1.0
+
+
+def test_math_verify_s_own_timeout_is_no_wrong_answer():
+    """And no TimeoutError, which is a failure of the machinery: its call would be made again until the run gives up."""
+    with pytest.raises(Undecided, match="Timeout during comparison") as raised:
+        same_answer("5", "$5!!!!!!$")
+    assert not isinstance(raised.value, TimeoutError | ConnectionError | InfraError)
+
+
+@pytest.mark.parametrize("place", ["parse", "verify"])
+def test_what_cannot_be_read_is_wrong_and_what_takes_too_long_is_not(place, monkeypatch):
+    def fails_with(error):
+        def call(*values, raise_on_error=False):
+            assert raise_on_error
+            raise error
+
+        monkeypatch.setattr(math_verify, place, call)
+
+    fails_with(TypeError("no such operand"))
+    assert same_answer("5", "6") == 0
+    fails_with(TimeoutException("Timeout during it"))
+    with pytest.raises(Undecided, match="Timeout during it"):
+        same_answer("5", "6")
+    fails_with(MemoryError())
+    with pytest.raises(MemoryError):
+        same_answer("5", "6")
+
+
+def test_a_pair_that_is_equal_counts_though_another_took_too_long(monkeypatch):
+    def compare(known, given, raise_on_error):
+        if given == ["late"]:
+            raise TimeoutException("Timeout")
+        return given == ["equal"]
+
+    monkeypatch.setattr(math_verify, "parse", lambda text, raise_on_error: text.split())
+    monkeypatch.setattr(math_verify, "verify", compare)
+    assert same_answer("5", "late equal") == 1
+    assert same_answer("5", "different") == 0

@@ -170,6 +170,20 @@ def test_a_bad_row_is_named(tmp_path, row, said):
         own(path)
 
 
+def test_the_other_bad_rows_are_counted(tmp_path):
+    bad = [{"prompt": "x"}, {"answer": 1}, {"prompt": "", "answer": 1}]
+    path = tmp_path / "rows.jsonl"
+    for count, said in ((1, "missing"), (2, "missing; and 1 more bad rows"), (3, "missing; and 2 more bad rows")):
+        with pytest.raises(ValueError, match=rf"rows\.jsonl: row 2: `answer` is {said}$"):
+            own(jsonl(path, [GOOD, *bad[:count]]))
+    path.write_text('{"prompt": "x"}\n{\n[]')
+    with pytest.raises(ValueError, match=rf"{path}:2: not JSON.*; and 2 more bad rows$"):
+        own(str(path))
+    path.write_text("{\n[]")
+    with pytest.raises(ValueError, match=rf"{path}:1: not JSON"):
+        own(str(path))
+
+
 def test_bad_files_are_named(tmp_path, sums):
     with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
         own(str(tmp_path / "none.jsonl"))

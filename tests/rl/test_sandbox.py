@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import pwd
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import rl.sandbox
+from rl import sandbox_seccomp, sandbox_watch
 from rl.config_env import SandboxConfig
 from rl.env import InfraError
 from rl.sandbox import NoSandbox, Sandbox
@@ -85,6 +86,32 @@ BOMBS = {
         "time.sleep(1.5)\nprint('reached')",
         "memory", {"memory_mib": 256}, {"memory_mib": 1024},
     ),
+    "memory bomb under a name that is no text": (
+        "import os, time\nopen('/proc/self/comm', 'wb').write(b'\\xff\\xfe')\nfor i in range(6):\n"
+        "    if os.fork() == 0:\n        a = bytearray(70 * 2**20)\n        time.sleep(1.5)\n        os._exit(0)\n"
+        "time.sleep(1.5)\nprint('reached')",
+        "memory", {"memory_mib": 256}, {"memory_mib": 1024},
+    ),
+    "memory bomb of threads whose process's first has ended": (
+        "import ctypes, os, threading, time\nexit = 60 if os.uname().machine == 'x86_64' else 93\n"
+        "def hold():\n    time.sleep(0.2)\n    a = bytearray(70 * 2**20)\n    time.sleep(1.5)\n    os._exit(0)\n"
+        "for i in range(6):\n    if os.fork() == 0:\n        threading.Thread(target=hold).start()\n"
+        "        ctypes.CDLL(None).syscall(exit, 0)\n"
+        "time.sleep(1.5)\nprint('reached')",
+        "memory", {"memory_mib": 256}, {"memory_mib": 1024},
+    ),
+    "memory bomb that nobody has mapped": (
+        "import mmap, os, time\nfor i in range(4):\n    if os.fork() == 0:\n        a = mmap.mmap(-1, 120 * 2**20)\n"
+        "        for o in range(0, 120 * 2**20, 2**20):\n            a[o : o + 2**20] = b'x' * 2**20\n"
+        "            a.madvise(mmap.MADV_DONTNEED)\n"
+        "        time.sleep(1.5)\n        os._exit(0)\ntime.sleep(2)\nprint('reached')",
+        "memory", {"memory_mib": 256}, {"memory_mib": 1024},
+    ),
+    "empty files": (
+        "import os, time\nfor i in range(50_000):\n    os.mknod(f'/tmp/{i}')\n    os.mknod(f'/dev/shm/{i}')\n"
+        "time.sleep(0.3)\nprint('reached')",
+        "memory", {"memory_mib": 64}, {"memory_mib": 256},
+    ),
     "infinite loop": (
         "import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\nprint('reached')",
         "cpu", {"cpu_s": 1}, {"cpu_s": 10},
@@ -144,10 +171,34 @@ async def test_memory_that_processes_share_counts_once():
     assert (result.output, result.limit) == ("reached\n", None), result
 
 
+async def test_a_sandbox_that_cannot_be_watched_is_ended(monkeypatch, caplog):
+    def fail(*given):
+        raise UnicodeError("no text")
+
+    monkeypatch.setattr(rl.sandbox, "usage_of", fail)
+    started = time.monotonic()
+    result = await run("import time\ntime.sleep(5)\nprint('reached')")
+    assert (result.output, result.exit) == ("", None) and time.monotonic() - started < 3
+    assert "could not be seen" in caplog.text
+
+
+def test_children_are_found_where_the_kernel_does_not_list_them(monkeypatch):
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        found = sandbox_watch.children(os.getpid())
+        monkeypatch.setattr(sandbox_watch.os.path, "exists", lambda path: False)
+        assert child.pid in found and sorted(sandbox_watch.children(os.getpid())) == sorted(found)
+    finally:
+        child.kill()
+        child.wait()
+
+
 async def test_memory_that_grows_between_calls_ends_the_session():
+    """A thread of the Python that runs the calls goes on after them."""
     code = (
-        "import os, time\nfor i in range(8):\n    if os.fork() == 0:\n        time.sleep(0.3)\n"
-        "        a = bytearray(60 * 2**20)\n        time.sleep(60)\n        os._exit(0)\nprint('started')"
+        "import os, threading, time\ndef grow():\n    time.sleep(0.3)\n    for i in range(8):\n"
+        "        if os.fork() == 0:\n            a = bytearray(60 * 2**20)\n            time.sleep(60)\n"
+        "            os._exit(0)\nthreading.Thread(target=grow, daemon=True).start()\nprint('started')"
     )
     async with Sandbox(SandboxConfig(memory_mib=256)).session() as session:
         assert (await session.run(code)).output == "started\n"
@@ -171,6 +222,12 @@ async def test_a_session_whose_process_ended_between_calls_says_so_at_once():
 
 
 async def test_code_that_kills_itself_has_met_no_limit():
+    result = await run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (result.exit, result.limit) == (None, None)
+
+
+async def test_a_machine_with_many_cores_does_not_make_a_kill_one_for_cpu_time(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
     result = await run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     assert (result.exit, result.limit) == (None, None)
 
@@ -300,6 +357,61 @@ async def test_what_detaches_itself_does_not_outlive_the_call():
     os.kill(left[0], signal.SIGKILL)
 
 
+OF_INIT = """
+import ctypes, os
+c = ctypes.CDLL(None)
+c.ptrace.restype, c.ptrace.argtypes = ctypes.c_long, [ctypes.c_long] * 2 + [ctypes.c_void_p] * 2
+if os.fork() == 0:
+    os.execv('/usr/bin/python3', ['python3', '-c', 'import time; time.sleep(20)', 'MARK'])
+now = (ctypes.c_ulonglong * 27)()
+print(c.ptrace(16, 1, None, None))
+os.waitpid(1, 0x40000000)
+c.ptrace(12, 1, None, now)
+then = (ctypes.c_ulonglong * 27)(*now)
+now[16] -= 2  # the call again, but as prctl(PR_SET_PDEATHSIG, 0)
+now[10], now[14], now[13], now[15] = 157, 1, 0, 2**64 - 1
+c.ptrace(13, 1, None, now)
+c.ptrace(9, 1, None, None)
+os.waitpid(1, 0x40000000)
+then[16] -= 2
+then[10], then[15] = then[15], 2**64 - 1
+c.ptrace(13, 1, None, then)
+c.ptrace(17, 1, None, None)
+print('reached', flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the attack is written for x86_64's registers")
+async def test_nothing_outlives_the_sandbox_even_where_init_no_longer_dies_with_bubblewrap(monkeypatch):
+    mark = uuid.uuid4().hex
+    monkeypatch.setattr(sandbox_seccomp, "as_pipe", lambda: None)  # which alone refuses the attack
+    started = time.monotonic()
+    result = await Sandbox(SAFE).run(OF_INIT.replace("MARK", mark))
+    assert result.output == "0\nreached\n" and time.monotonic() - started < 5, "not only when it ends of itself"
+    assert processes(mark) == []
+
+
+async def test_what_a_call_leaves_behind_ends_with_it():
+    """Even one that is another process each moment. What the session remembers stays."""
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True:\n"
+        "        if os.fork(): os._exit(0)\n        open('/tmp/beat', 'a').write('x')\n        time.sleep(0.002)\n"
+        "time.sleep(0.3)\nx = 1"
+    )
+    look = "before = os.path.getsize('/tmp/beat')\ntime.sleep(0.3)\nprint(x, os.path.getsize('/tmp/beat') - before)"
+    async with Sandbox(SAFE).session() as session:
+        assert (await session.run(code)).ok
+        assert (await session.run(look)).output == "1 0\n"
+
+
+async def test_what_comes_back_however_often_it_is_ended_ends_the_session(monkeypatch):
+    monkeypatch.setattr(rl.sandbox.Namespace, "end_others", lambda self: True)
+    async with Sandbox(SAFE).session() as session:
+        result = await session.run("print(1)")
+        assert (result.output, result.exit, result.limit) == ("1\n", None, "processes") and not session.alive
+
+
 CALLS = {
     "a user namespace": ("c.unshare(0x10000000)", True),
     "mount": ("c.mount(b'none', b'/tmp', b'tmpfs', 0, None) if c.unshare(0x00020000) == 0 else -1", False),
@@ -323,6 +435,57 @@ async def test_no_way_to_more_rights(name):
     finally:
         traced.kill()
         traced.wait()
+
+
+ANYONES = {
+    "process_vm_readv", "process_vm_writev", "shmget", "semget", "msgget", "memfd_create", "keyctl", "add_key",
+    "request_key", "ptrace", "unshare", "setns",
+}  # fmt: skip
+"""Calls of which the kernel does not say EPERM of itself, given arguments that are none."""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86_64")
+async def test_calls_that_reach_out_or_hide_memory_are_refused():
+    """EPERM, of arguments with which nothing comes of them. `unsafe_local` shows whose EPERM it is."""
+    numbers = sandbox_seccomp._X86_64
+    code = (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\ndef call(name, number):\n"
+        "    given = (1, 0) if name == 'msgget' else (ctypes.c_long(-1),) * 5\n"
+        "    return ctypes.get_errno() if c.syscall(number, *given) < 0 else 0\n"
+        f"print([name for name, number in {numbers}.items() if call(name, number) != 1])\n"
+        "c.syscall(0x40000000 + 39)\nprint(ctypes.get_errno())"
+    )
+    assert (await run(code)).output == "[]\n1\n"
+    allowed, of_x32 = (await run(code, LOCAL)).output.splitlines()
+    assert set(eval(allowed)) >= ANYONES and of_x32 != "1"
+
+
+HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_the_numbers_of_calls_are_the_systems(machine):
+    if not Path(HEADERS[machine]).exists():
+        pytest.skip("no headers of the kernel here")
+    _, refused, sockets = sandbox_seccomp._MACHINES[machine]
+    text = Path(HEADERS[machine]).read_text()
+    known = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", text))
+    wanted = refused | dict(zip(("socket", "socketpair"), sockets, strict=True))
+    assert {name: int(known.get(name, number)) for name, number in wanted.items()} == wanted
+    assert len(known.keys() & wanted.keys()) >= len(wanted) - 1  # older headers lack memfd_secret
+
+
+async def test_sockets_that_no_namespace_holds_back_are_refused():
+    code = (
+        "import errno, socket\nfor family in (1, 2, 10, 16, 17, 38, 40):\n"
+        "    try: socket.socket(family, {16: 3, 17: 3, 38: 5}.get(family, 1)).close(); print(family, 'OK')\n"
+        "    except OSError as error: print(family, errno.errorcode.get(error.errno))"
+    )
+    said = dict(line.split() for line in (await run(code)).output.splitlines())
+    assert {family for family, what in said.items() if what == "OK"} == {"1", "2", "10", "16"}
+    assert {said["17"], said["38"], said["40"]} == {"EAFNOSUPPORT"}
+    outside = dict(line.split() for line in (await run(code, LOCAL)).output.splitlines())
+    assert outside["17"] != "EAFNOSUPPORT"
 
 
 async def test_programs_that_give_rights_give_none():
@@ -366,6 +529,8 @@ EXITS = {
     "raise SystemExit": 0,
     "raise SystemExit('no')": 1,
     "import os; os._exit(7)": 7,
+    "import os; os._exit(200)": 200,
+    "exit(10**10 + 7)": 7,
     "import os; os.abort()": None,
 }
 
@@ -444,6 +609,45 @@ async def test_a_call_that_is_cancelled_leaves_nothing():
     assert descriptors() == before and not processes(mark)
 
 
+async def test_calls_of_a_session_come_one_after_the_other():
+    before = descriptors()
+    async with Sandbox(SAFE).session() as session:
+        codes = ("import time\ntime.sleep(0.3)\nx = 1\nprint(x)", "x += 1\nprint(x)", "x += 1\nprint(x)")
+        results = await asyncio.gather(*map(session.run, codes))
+    assert [result.output for result in results] == ["1\n", "2\n", "3\n"]
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.005, 0.3])
+async def test_a_session_that_is_closed_meanwhile_stays_closed(after_s):
+    """While it starts, or runs a call, with another that waits."""
+    before, session = descriptors(), Sandbox(SAFE).session()
+    calls = [asyncio.ensure_future(session.run("import time\ntime.sleep(5)")) for _ in range(2)]
+    await asyncio.sleep(after_s)
+    started = time.monotonic()
+    await session.close()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(result) for result in results] == [InfraError] * 2 and time.monotonic() - started < 3
+    assert not session.alive and descriptors() == before
+    assert (await session.run("print(1)")).output == "1\n", "and can be used again"
+    await session.close()
+    assert descriptors() == before
+
+
+async def test_a_close_that_is_cancelled_leaves_nothing():
+    before = descriptors()
+    for _ in range(5):
+        session = Sandbox(SAFE).session()
+        await session.run("1")
+        closing = asyncio.ensure_future(session.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+    await asyncio.sleep(0.2)
+    assert descriptors() == before
+
+
 # -- where it cannot be made ------------------------------------------------------------------------------------------
 
 
@@ -462,9 +666,19 @@ def test_settings_that_name_nothing_are_refused(settings):
 
 async def test_a_machine_that_starts_no_process_is_no_result(monkeypatch):
     sandbox = Sandbox(SandboxConfig())
-    monkeypatch.setattr(rl.sandbox, "_command", lambda config, inside: ["/no/such/program"])
+    monkeypatch.setattr(rl.sandbox, "command", lambda *given: ["/no/such/program"])
     before = descriptors()
     with pytest.raises(InfraError, match="no sandbox could be started"):
+        await sandbox.run("print(1)")
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "unsafe_local"])
+async def test_one_that_does_not_come_to_be_ready_says_why(monkeypatch, backend):
+    sandbox = Sandbox(SandboxConfig(backend=backend))
+    monkeypatch.setattr(rl.sandbox, "command", lambda *given: ["/bin/sh", "-c", "echo no luck >&2"])
+    before = descriptors()
+    with pytest.raises(InfraError, match="no sandbox could be started: it says no luck"):
         await sandbox.run("print(1)")
     assert descriptors() == before
 
@@ -472,14 +686,11 @@ async def test_a_machine_that_starts_no_process_is_no_result(monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try as another user")
 def test_as_another_user_too(tmp_path):
     """The limits that root needs help with, by a user who is not root."""
-    for name in ("sandbox.py", "sandbox_guest.py", "sandbox_watch.py", "config_base.py", "config_env.py"):
-        shutil.copy(HERE.parent.parent.parent / "rl" / name, tmp_path)
-    text = (tmp_path / "sandbox.py").read_text()
-    text = text.replace("from rl.config_env import", "from config_env import")
-    text = text.replace("from rl.env import InfraError", "class InfraError(Exception): pass")
-    (tmp_path / "sandbox.py").write_text(text.replace("from rl.sandbox_watch import", "from sandbox_watch import"))
-    text = (tmp_path / "config_env.py").read_text()
-    (tmp_path / "config_env.py").write_text(text.replace("from rl.config_base import", "from config_base import"))
+    sources = [*(HERE.parent.parent.parent / "rl").glob("sandbox*.py")]
+    sources += [HERE.parent.parent.parent / "rl" / name for name in ("config_base.py", "config_env.py")]
+    for source in sources:
+        text = source.read_text().replace("from rl.env import InfraError", "class InfraError(Exception): pass")
+        (tmp_path / source.name).write_text(text.replace("from rl.", "from ").replace("from rl import", "import"))
     (tmp_path / "main.py").write_text(
         "import asyncio, json\nfrom sandbox import *\n"
         "codes = ['import os\\nwhile True: os.fork()', 'print(1)', 'import os\\nprint(os.getuid())']\n"
