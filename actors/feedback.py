@@ -63,7 +63,7 @@ class Checkpoint:
         room, most = self._config.max_length - self._config.max_tokens, len(prompt)
         ids = self._codec.prompt([{"role": "user", "content": prompt}])
         while len(ids) > room:
-            most = most * room // len(ids) - 1 - most // 20
+            most = most * room * 19 // (20 * len(ids)) - 1  # a little less than in proportion
             if most < 1:
                 raise ValueError(f"env.feedback.max_length {self._config.max_length} holds no prompt of this model")
             ids = self._codec.prompt([{"role": "user", "content": shortened(prompt, most)}])
