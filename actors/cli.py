@@ -41,9 +41,10 @@ def train(
     look at it with `repertory view`.
     """
     from actors.launch import run_training
-    from rl.config_file import load_config
+    from rl.config_file import load_config, placing_errors
 
-    run_training(load_config(config, overrides or []), console, resume=resume)
+    with placing_errors(config, overrides or []):
+        run_training(load_config(config, overrides or []), console, resume=resume)
 
 
 @app.command("eval")
@@ -94,6 +95,7 @@ def evaluate(
     What could not be played or graded counts as neither success nor failure, and is told.
     """
     from actors.eval_command import Asked, run_evaluations
+    from rl.config_file import placing_errors
 
     named, overrides = [], []
     for one in what:
@@ -102,7 +104,8 @@ def evaluate(
     if not named:
         raise ConfigError("name a checkpoint, a run or a configuration to evaluate, before the settings")
     asked = Asked(named, overrides, endpoint, model or [], api_key_env, parallel, feedback, resume)
-    run_evaluations(asked, console)
+    with placing_errors(named[0], overrides):
+        run_evaluations(asked, console)
 
 
 @app.command()

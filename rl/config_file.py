@@ -6,6 +6,8 @@ Every error names the setting, where it stands in the file, and the nearest vali
 
 import difflib
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,6 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rl.config import Config
+
+_SETTING = re.compile(r"([a-z_]+)(?:\.\w+|\[\d+\])+(?=[ :])")
+"""A setting that a message begins with."""
 
 
 class ConfigError(ValueError):
@@ -44,6 +49,23 @@ def validate(data: dict[str, Any], source: str, node: Any = None, overridden: li
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, source, node, overridden or []) for e in error.errors())) from None
+
+
+@contextmanager
+def placing_errors(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """A ConfigError from inside whose text begins with a setting, such as one that only the environment can judge, says
+    where in the file that stands."""
+    try:
+        yield
+    except ConfigError as error:
+        named = _SETTING.match(str(error))
+        known = named is not None and named[1] in Config.model_fields
+        if named is None or not known or str(error).startswith(str(path)) or not path.is_file():
+            raise
+        steps = [int(step) if step.isdigit() else step for step in re.findall(r"\w+", named[0])]
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        where = _where(steps, str(path), node, [o.partition("=")[0] for o in overrides])
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _unshared(value: Any) -> Any:
@@ -97,12 +119,8 @@ def _explain(error: Any, source: str, node: Any, overridden: list[str]) -> str:
     name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
     dotted = ".".join(map(str, steps))
     # An override may name the faulty setting, one above it, or (when the fault is an unknown section) one below it.
-    below = error["type"] == "extra_forbidden"
-    if any(f"{dotted}.".startswith(f"{k}.") or (below and k.startswith(f"{dotted}.")) for k in overridden):
-        where = "command line"
-    else:
-        line = _line(node, steps)
-        where = f"{source}:{line}" if line else source
+    below = error["type"] == "extra_forbidden" and any(k.startswith(f"{dotted}.") for k in overridden)
+    where = "command line" if below else _where(steps, source, node, overridden)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(steps[-1]), list(parent.model_fields), n=1, cutoff=0.5) if parent else []
         prefix = name[: -len(str(steps[-1]))]
@@ -116,6 +134,14 @@ def _explain(error: Any, source: str, node: Any, overridden: list[str]) -> str:
         return f"{where}: {name}: {message} (got {error['input']!r})" if name else f"{where}: {message}"
     shown = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
     return f"{where}: {name + ': ' if name else ''}{message}{shown}"
+
+
+def _where(steps: list[Any], source: str, node: Any, overridden: Sequence[str]) -> str:
+    dotted = ".".join(map(str, steps))
+    if any(f"{dotted}.".startswith(f"{key}.") for key in overridden):
+        return "command line"
+    line = _line(node, steps)
+    return f"{source}:{line}" if line else source
 
 
 def _setting(loc: tuple[Any, ...]) -> tuple[list[Any], type[BaseModel] | None]:

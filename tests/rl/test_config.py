@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rl.config import Config
-from rl.config_file import ConfigError, dump_config, load_config
+from rl.config_file import ConfigError, dump_config, load_config, placing_errors
 from rl.config_stage import RlStage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +113,29 @@ def test_every_mistake_is_named_in_one_go(load):
     with pytest.raises(ConfigError) as error:
         load("clip_low", "clip_lwo", ("stages.0.steps=none",))
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("says", "overrides", "where"),
+    [
+        ("env.datasets[1].dataset: 'x' is no dataset", [], "{path}:7: "),
+        ("env.datasets[1].settings.y is not a setting", ["env.datasets.1.settings.y=1"], "command line: "),
+        ("env.dataset: none", [], "{path}:3: "),
+        ("model.scratch trains its tokenizer", [], "{path}:1: "),
+        ("rows.jsonl: row 3: `answer` is missing", [], ""),
+        ("the run ended: ValueError", [], ""),
+        ("{path}:2: env.name: no", [], ""),
+    ],
+)
+def test_what_only_the_environment_can_judge_is_placed_too(tmp_path, says, overrides, where):
+    path = tmp_path / "env.yaml"
+    path.write_text(
+        "model: {scratch: {}}\n\nenv:\n  name: python\n  datasets:\n    - {dataset: gcd}\n    - {dataset: x}\n"
+    )
+    says = says.format(path=path)
+    with pytest.raises(ConfigError) as error, placing_errors(path, overrides):
+        raise ConfigError(says)
+    assert str(error.value) == where.format(path=path) + says
 
 
 def test_a_missing_file(tmp_path):
