@@ -62,7 +62,7 @@ async def evaluate(run: "Controller", index: int, stage: EvalStage, trained: Tra
     line["success_greedy"] = reports[1].success if stage.greedy else None
     line |= {"wall_s": time.time() - kept.began, "not_played": lost["not_played"], "not_graded": lost["not_graded"]}
     run.evaluated(line)
-    if not lost:  # or else the rest is tried again by who resumes
+    if not (lost and run.config.only_evaluates):  # whose rest is tried again by who resumes
         kept.forget()
 
 
