@@ -26,14 +26,14 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-from vllm import LLMEngine, SamplingParams
+from vllm import LLMEngine
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind
 
 import rl.transfer  # noqa: F401  registers how tensors of this process come in
 from rl.engine_options import EngineOptions, engine_args
 from rl.env import InfraError
 from rl.policy import Completion, Sampling
+from rl.vllm_io import Sink, chunk_of, probe_params, prompt_logprobs, sampling_params, stamp
 
 SwapPolicy = Literal["drain", "continue"]
 
@@ -59,6 +59,10 @@ class _Running:
     internal_id: str
     marks: list[tuple[int, int]]
     """(tokens sampled so far, version from there on), one entry a swap."""
+    sink: Sink | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """What a request with a sink has been given so far."""
 
 
 @dataclass
@@ -104,18 +108,20 @@ class Engine:
         """Sample one turn after `token_ids`."""
         return await asyncio.wrap_future(self.submit(token_ids, sampling))
 
-    def submit(self, token_ids: Sequence[int], sampling: Sampling) -> "Future[Completion]":
+    def submit(self, token_ids: Sequence[int], sampling: Sampling, sink: Sink | None = None) -> "Future[Completion]":
+        """Sample one turn. Cancelling what is returned ends the request, and frees its place in the batch.
+
+        sink: is given every chunk of it, before the whole.
+        """
+        assert sink is not None or not sampling.top_logprobs, "a Completion has no room for more than one a token"
         future: Future[Completion] = Future()
-        self._send("add", (list(token_ids), _params(sampling), future))
+        self._send("add", (list(token_ids), sampling_params(sampling, streamed=sink is not None), sink, future))
         return future
 
     def score(self, token_ids: Sequence[int]) -> "Future[np.ndarray]":
         """log p(token t | tokens < t) under the current weights, t = 1..T-1, at temperature 1: the weight probe."""
         future: Future[np.ndarray] = Future()
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        self._send("add", (list(token_ids), params, future))
+        self._send("add", (list(token_ids), probe_params(), None, future))
         return future
 
     def load(self, version: int, updates: Sequence[dict[str, Any]], policy: SwapPolicy) -> "Future[None]":
@@ -235,12 +241,16 @@ class Engine:
                 function, future = body
                 function()
                 future.set_result(None)
+            elif kind == "abort":
+                self._abort(body)
             elif any(swap.policy == "drain" for swap in self._swaps):
                 self._held.append((kind, body))
             else:
                 self._add(*body)
 
-    def _add(self, token_ids: list[int], params: SamplingParams, future: Future[Any]) -> None:
+    def _add(self, token_ids: list[int], params: Any, sink: Sink | None, future: Future[Any]) -> None:
+        if future.cancelled():
+            return
         if len(token_ids) + (params.max_tokens or 0) > self._options.max_length:
             # vLLM's scheduler would never start it; the caller's mistake is not the engine's end.
             what = f"{len(token_ids)} tokens and {params.max_tokens} to sample"
@@ -249,7 +259,13 @@ class Engine:
         request_id = str(self._next_id)
         self._next_id += 1
         internal = self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._lora)
-        self._running[request_id] = _Running(future, internal, [(0, self.version)])
+        self._running[request_id] = _Running(future, internal, [(0, self.version)], sink)
+        future.add_done_callback(lambda ended: self._commands.put(("abort", request_id)) if ended.cancelled() else None)
+
+    def _abort(self, request_id: str) -> None:
+        """Nobody waits for it any longer."""
+        if self._running.pop(request_id, None) is not None:
+            self._llm.abort_request([request_id])
 
     def _apply_swap(self, swap: _Swap) -> None:
         states = self._llm.output_processor.request_states
@@ -297,26 +313,41 @@ class Engine:
             self._llm.collective_rpc(hold_zeros)
 
     def _finish(self, output: Any) -> None:
-        if not output.finished:
+        running = self._running.get(output.request_id)
+        if running is None:
             return
-        running = self._running.pop(output.request_id)
-        if running.future.cancelled():
+        if output.finished:
+            del self._running[output.request_id]
+        if running.future.cancelled():  # its abort is on the way
+            return
+        if running.sink is not None:
+            self._pass_on(running, output.outputs[0])
+        if not output.finished or not running.future.set_running_or_notify_cancel():
             return
         if output.prompt_logprobs is not None:
-            running.future.set_result(_prompt_logprobs(output))
+            running.future.set_result(prompt_logprobs(output))
             return
         sampled = output.outputs[0]
-        ids = list(sampled.token_ids)
+        ids = running.token_ids or list(sampled.token_ids)
         self.prefix_hits += output.num_cached_tokens or 0
         self.prefix_queries += len(output.prompt_token_ids)
         running.future.set_result(
             Completion(
                 ids,
-                list(sampled.logprobs.logprobs),
-                _stamp(len(ids), running.marks),
+                running.logprobs or list(sampled.logprobs.logprobs),
+                stamp(len(ids), running.marks),
                 "stop" if sampled.finish_reason == "stop" else "length",
             )
         )
+
+    def _pass_on(self, running: _Running, sampled: Any) -> None:
+        if not sampled.token_ids:
+            return
+        chunk = chunk_of(sampled, self.version)
+        running.token_ids += chunk.token_ids
+        running.logprobs += chunk.logprobs
+        assert running.sink is not None
+        running.sink(chunk)
 
     def _fail(self, error: BaseException) -> None:
         self._error = error
@@ -330,31 +361,3 @@ class Engine:
         for future in waiting:
             if not future.done():
                 future.set_exception(dead)
-
-
-def _params(sampling: Sampling) -> SamplingParams:
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        seed=sampling.seed,
-        stop_token_ids=list(sampling.stop),
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _stamp(count: int, marks: Sequence[tuple[int, int]]) -> list[int]:
-    """The version of each of `count` tokens, from (first token, version) marks in order."""
-    versions = [marks[0][1]] * count
-    for start, version in marks[1:]:
-        versions[start:] = [version] * (count - start)
-    return versions
-
-
-def _prompt_logprobs(output: Any) -> np.ndarray:
-    pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    return np.asarray([at[token].logprob for token, at in pairs], np.float32)

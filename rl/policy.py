@@ -10,7 +10,11 @@ from rl.env import Message
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one turn is sampled. `seed` makes it reproducible; `stop` are token ids that end the turn (kept in it)."""
+    """How one turn is sampled. `seed` makes it reproducible; `stop` are token ids that end the turn (kept in it).
+
+    temperature 0 is greedy. top_logprobs: how many of the most likely tokens a streamed chunk tells with each (at most
+    20; only a request with a sink may ask for any).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -18,6 +22,7 @@ class Sampling:
     max_tokens: int = 64
     seed: int | None = None
     stop: tuple[int, ...] = ()
+    top_logprobs: int = 0
 
     def with_(self, **changes: object) -> "Sampling":
         return replace(self, **changes)  # type: ignore[arg-type]
