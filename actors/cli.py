@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
+from actors import serve_commands
 from rl.config_file import ConfigError
 
 app = typer.Typer(
-    help="Train language-model agents over many turns of interaction.",
+    help="Train language-model agents over many turns of interaction, and put them to work.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -278,6 +279,9 @@ def merge(
     from actors.merge import merge as merge_checkpoints
 
     merge_checkpoints(Merge(out, checkpoints, method, base, alpha, beta, eval_n, dtype), console)
+
+
+serve_commands.add_to(app)
 
 
 def main() -> None:

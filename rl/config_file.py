@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from rl.config import Config
 
+Schema = TypeVar("Schema", bound=BaseModel)
 _SETTING = re.compile(r"([a-z_]+)(?:\.\w+|\[\d+\])+(?=[ :])")
 """A setting that a message begins with."""
 
@@ -29,6 +30,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ConfigError, whose text names each faulty setting with its position and a remedy.
     """
+    data, node = read_yaml(path)
+    apply_overrides(data, overrides)
+    return validate(data, str(path), node, [o.partition("=")[0] for o in overrides])
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:
+    """A file's settings, and their YAML tree, which knows the lines. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
@@ -39,16 +47,23 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected settings like `model:`, `env:` and `stages:` at the top level")
-    apply_overrides(data, overrides)
-    return validate(data, str(path), node, [o.partition("=")[0] for o in overrides])
+    return data, node
 
 
 def validate(data: dict[str, Any], source: str, node: Any = None, overridden: list[str] | None = None) -> Config:
     """Check raw settings against the schema. `node`: their YAML tree, for line numbers."""
+    return checked(Config, data, source, node, overridden)
+
+
+def checked(
+    schema: type[Schema], data: dict[str, Any], source: str, node: Any = None, overridden: list[str] | None = None
+) -> Schema:
+    """Raw settings as a schema's; every mistake is named with its place and the nearest valid name."""
     try:
-        return Config.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, source, node, overridden or []) for e in error.errors())) from None
+        lines = [_explain(e, source, node, overridden or [], schema) for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 @contextmanager
@@ -113,9 +128,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
                 raise ConfigError(f"{key}: {'.'.join(parts[: i + 1])} is empty")
 
 
-def _explain(error: Any, source: str, node: Any, overridden: list[str]) -> str:
+def _explain(error: Any, source: str, node: Any, overridden: list[str], schema: type[BaseModel]) -> str:
     """One line for one pydantic error."""
-    steps, parent = _setting(error["loc"])
+    steps, parent = _setting(error["loc"], schema)
     name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
     dotted = ".".join(map(str, steps))
     # An override may name the faulty setting, one above it, or (when the fault is an unknown section) one below it.
@@ -144,10 +159,10 @@ def _where(steps: list[Any], source: str, node: Any, overridden: Sequence[str]) 
     return f"{source}:{line}" if line else source
 
 
-def _setting(loc: tuple[Any, ...]) -> tuple[list[Any], type[BaseModel] | None]:
+def _setting(loc: tuple[Any, ...], schema: type[BaseModel]) -> tuple[list[Any], type[BaseModel] | None]:
     """A pydantic location as the user's path (without union tags), and the model that holds its last step."""
     steps: list[Any] = []
-    current: Any = Config
+    current: Any = schema
     holder: type[BaseModel] | None = None
     for step in loc:
         members = _members(current)

@@ -90,12 +90,12 @@ class FollowConfig(Strict):
     """run: the run's weight store while it trains in this cluster, else its newest checkpoint."""
     poll_s: PositiveFloat = 2.0
     gate: float | None = Field(default=None, ge=0, le=1)
-    """The least held-out success (eval.jsonl of the run, of the version's step) with which one is promoted by itself."""
+    """The least held-out success (eval.jsonl of the run, of its step) with which a version is promoted by itself."""
 
 
 class VersionsConfig(Strict):
     keep: PositiveInt = 4
-    """Versions that can be asked for at the same time: the stable one, the canary, and those of older sessions."""
+    """The newest versions that can be asked for, beside the stable one, the canary, and those stable before."""
     slice_s: PositiveFloat = 1.0
     """How long one version samples while requests of another wait."""
 
@@ -119,7 +119,7 @@ class ServeConfig(Strict):
     sessions: SessionsConfig = SessionsConfig()
     versions: VersionsConfig = VersionsConfig()
     follow: FollowConfig = FollowConfig()
-    envs: dict[str, EnvConfig] = {}
+    envs: dict[str, EnvConfig] = Field(default_factory=dict)
     """Environments that sessions may name. The run's own is there under its name."""
     tools: tuple[Literal["calculator", "python"], ...] = ("calculator",)
     """Tool sets that free conversations may name."""

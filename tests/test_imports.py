@@ -44,14 +44,14 @@ def test_rl_knows_neither_ray_nor_the_actors_nor_serving(path):
 
 
 @pytest.mark.parametrize("path", sources("actors"), ids=name)
-def test_only_the_serve_command_of_the_actors_knows_serving(path):
-    if path != ROOT / "actors" / "cli.py":
+def test_only_the_serve_commands_of_the_actors_know_serving(path):
+    if path != ROOT / "actors" / "serve_commands.py":
         assert "serve" not in imported(path)
 
 
 def test_the_command_line_imports_serving_only_inside_a_command():
     """So that training needs nothing that serving needs."""
-    tree = ast.parse((ROOT / "actors" / "cli.py").read_text())
+    tree = ast.parse((ROOT / "actors" / "serve_commands.py").read_text())
     top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     modules = {alias.name for n in top if isinstance(n, ast.Import) for alias in n.names}
     modules |= {n.module for n in top if isinstance(n, ast.ImportFrom)}

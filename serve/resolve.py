@@ -1,0 +1,82 @@
+"""From what a user names - a checkpoint, a run, a YAML file, a model - to a server's configuration and its parts.
+
+CHECKPOINT|RUN|CONFIG ──► ServeConfig ──► Source: the weights to start with, the run's own configuration, the folder
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl import checkpoint
+from rl.config import Config, ModelConfig
+from rl.config_env import CalculatorConfig
+from rl.config_file import ConfigError, apply_overrides, checked, load_config, read_yaml
+from rl.config_stage import EvalStage
+from rl.pretrained import ModelNotFound, find_model
+from serve.config import ServeConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a server is made of.
+
+    model: a folder in Hugging Face format; run: the run's folder that it comes from, where there is one; trained: the
+    configuration that it was trained under, or one with defaults; envs: whether that says which environment is its own;
+    dir: the server's folder.
+    """
+
+    model: Path
+    run: Path | None
+    trained: Config
+    own_env: bool
+    dir: Path
+    name: str
+
+
+def resolve(what: str, overrides: Sequence[str] = ()) -> ServeConfig:
+    """The server's configuration. Raises ConfigError."""
+    path = Path(what)
+    node: Any = None
+    if path.suffix in (".yaml", ".yml"):
+        data, node = read_yaml(path)
+        if "stages" in data:  # a run's configuration: what it has trained
+            data, node = {"model": str(load_config(path).run.dir)}, None
+    else:
+        data = {"model": what}
+    apply_overrides(data, list(overrides))
+    config = checked(ServeConfig, data, what, node, [o.partition("=")[0] for o in overrides])
+    source_of(config)
+    return config
+
+
+def source_of(config: ServeConfig) -> Source:
+    """Raises ConfigError when there is no model to serve."""
+    path = Path(config.model)
+    folder = checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
+    if folder is None:
+        raise ConfigError(f"{path} is a run without a checkpoint that could be served: train it first, or --resume it")
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"model: {path} is a configuration: name a checkpoint, a run's folder, or a model")
+    if (folder / "repertory.yaml").is_file():
+        trained, own_env = load_config(folder / "repertory.yaml"), True
+        folder = folder.resolve()
+        run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+        name = config.name or trained.run.name
+    else:
+        if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is a run without a checkpoint that could be served: train it first")
+        try:
+            folder = find_model(config.model)
+        except ModelNotFound as error:
+            raise ConfigError(f"model: {error}") from None
+        trained, own_env, run, name = _untrained(config), False, None, config.name or folder.name
+    where = Path(config.dir) if config.dir else run / "serve" if run else Path("runs") / f"serve-{name}"
+    return Source(folder, run, trained, own_env, where, name)
+
+
+def _untrained(config: ServeConfig) -> Config:
+    """Of a model that no run of ours has trained: defaults."""
+    length = config.engine.max_length or 4096
+    model = ModelConfig(path=config.model, max_length=length, dtype=config.engine.dtype or "bfloat16")
+    return Config(model=model, env=CalculatorConfig(name="calculator"), stages=[EvalStage(kind="eval")])

@@ -1,0 +1,100 @@
+"""`repertory serve`: start Ray Serve where it is not there yet, deploy, say where, and end when asked to."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rl.config_file import ConfigError
+from serve.config import ServeConfig
+from serve.keys import KeyRing, refuse_public
+from serve.resolve import Source, resolve, source_of
+
+PROXY_GUARD = "serve.proxy_guard:middlewares"
+
+
+def serve(what: str, overrides: Sequence[str], console: Console) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError."""
+    config = resolve(what, overrides)
+    source = source_of(config)
+    keys = KeyRing.of(config.keys, source.dir)
+    refuse_public(config.http.host, keys)
+    config = _with_port(config)
+    os.environ.update(
+        RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=PROXY_GUARD,
+        REPERTORY_MAX_BODY_BYTES=str(config.http.max_body_bytes),
+        REPERTORY_BODY_TIMEOUT_S=str(config.http.body_timeout_s),
+    )
+    ended = threading.Event()
+    with console.status("starting the server: Ray, then the engine"):
+        _deploy(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which has set its own
+        signal.signal(number, lambda *_: ended.set())
+    _tell(config, source, keys, console)
+    ended.wait()
+    with console.status("ending what is under way"):
+        _shut_down()
+
+
+def _with_port(config: ServeConfig) -> ServeConfig:
+    """With a free port where 0 is set. Raises ConfigError when another process listens there."""
+    h = config.http
+    family = socket.AF_INET6 if ":" in h.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((h.host, h.port))
+        except OSError as error:
+            what = f"cannot listen on {h.host}:{h.port}: {error.strerror}"
+            raise ConfigError(f"{what}. Choose another http.port, or 0 for a free one") from None
+        port = probe.getsockname()[1]
+    return config.model_copy(update={"http": h.model_copy(update={"port": port})})
+
+
+def _deploy(config: ServeConfig) -> None:
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+
+    from actors.launch import connect
+    from serve.deploy import APPLICATION, application
+
+    connect()
+    ray_serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+    try:
+        ray_serve.run(application(config), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        deployments = ray_serve.status().applications[APPLICATION].deployments.values()
+        told = "\n".join(d.message for d in deployments if d.message) or str(error)
+        _shut_down()
+        raise ConfigError(f"the server did not start:\n{told}") from None
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    ray_serve.shutdown()
+    ray.shutdown()
+
+
+def _tell(config: ServeConfig, source: Source, keys: Any, console: Console) -> None:
+    url = f"http://{config.http.host}:{config.http.port}"
+    console.print(f"{source.name} is served at {url}", highlight=False, soft_wrap=True)
+    lines = {
+        "page": url,
+        "OpenAI": f"{url}/v1   (model {source.name})",
+        "sessions": f"POST {url}/v1/sessions",
+        "folder": f"{source.dir}   (releases, sessions, feedback, keys)",
+        "keys": "needed with every request" if keys.needed else "none needed",
+        "releases": f"repertory release list {source.run or source.dir}",
+    }
+    if config.follow.source != "none":
+        lines["follows"] = str(Path(config.model))
+    for name, value in lines.items():
+        console.print(f"  {name:<9} {value}", highlight=False, soft_wrap=True)
+    console.print("Ctrl-C ends it.")

@@ -1,0 +1,136 @@
+"""All sessions of a server: a journal each, in a folder a caller. A replica holds those ready that it has played last.
+
+<dir>/sessions/<caller>/<session>.jsonl
+"""
+
+import asyncio
+import os
+import random
+import re
+import secrets
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve.errors import ApiError
+from serve.journal import Journal
+from serve.keys import Caller
+from serve.schema import SessionRequest
+from serve.session import Session
+
+if TYPE_CHECKING:
+    from serve.service import Service
+
+_ID = re.compile(r"ses_[0-9a-f]{32}")
+_SWEEP_S = 30.0
+_LISTED = 100
+
+
+class Sessions:
+    """Makes, finds, lists, deletes and expires sessions. Whose they are is where they lie."""
+
+    def __init__(self, service: "Service", folder: Path):
+        self._service, self._folder = service, folder
+        self._here: OrderedDict[Path, Session] = OrderedDict()
+
+    def create(self, caller: Caller, asked: SessionRequest) -> Session:
+        """Raises ApiError when it names what is not there, or the caller has too many."""
+        service, mine = self._service, self._folder / caller.id
+        most = service.config.sessions.max_per_key
+        if mine.is_dir() and len(os.listdir(mine)) >= most:
+            raise ApiError(
+                429, "too_many_sessions", f"there are {most} sessions of this key: delete some", retry_after_s=60
+            )
+        identifier = f"ses_{secrets.token_hex(16)}"
+        version = service.version_of(asked.model, identifier)
+        created = {
+            "env": asked.env,
+            "task": asked.task.model_dump() if asked.task else None,
+            "tools": asked.tools,
+            "system": asked.system,
+            "seed": random.SystemRandom().randrange(1 << 31) if asked.seed is None else asked.seed,
+            "sample": asked.sample,
+            "max_turns": asked.max_turns,
+            "sampling": service.sampling_of(asked),
+            "collect": asked.collect,
+            "version": version,
+        }
+        service.check_session(created)
+        session = Session(service, Journal.create(mine / f"{identifier}.jsonl", **created))
+        self._hold(session)
+        return session
+
+    def find(self, caller: Caller, identifier: str) -> Session:
+        """The session, as far as it is written. Raises ApiError 404, also when it is another caller's."""
+        if not _ID.fullmatch(identifier):
+            raise _not_found(identifier)
+        path = self._folder / caller.id / f"{identifier}.jsonl"
+        session = self._here.get(path)
+        try:
+            if session is None:
+                session = Session(self._service, Journal(path))
+                session.journal.catch_up()
+                if not session.journal.events:  # its writer died at the first line
+                    raise FileNotFoundError
+            if not session.at_work_here:
+                session.look()
+        except FileNotFoundError:
+            self._here.pop(path, None)
+            raise _not_found(identifier) from None
+        self._hold(session)
+        if session.idle_s > self._service.config.sessions.idle_s and session.shown()["status"] == "waiting":
+            session.expire()
+        return session
+
+    def mine(self, caller: Caller) -> list[dict[str, Any]]:
+        """The caller's newest sessions."""
+        folder = self._folder / caller.id
+        paths = sorted(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True) if folder.is_dir() else []
+        return [self.find(caller, path.stem).shown() for path in paths[:_LISTED]]
+
+    def delete(self, caller: Caller, identifier: str) -> None:
+        """The session and all that was kept of it is gone. A turn under way is ended."""
+        session = self.find(caller, identifier)
+        session.close()
+        self._here.pop(session.journal.path, None)
+        session.journal.path.unlink(missing_ok=True)
+        self._service.feedback.delete(identifier)
+
+    @property
+    def count(self) -> int:
+        return len(self._here)
+
+    def _hold(self, session: Session) -> None:
+        self._here[session.journal.path] = session
+        self._here.move_to_end(session.journal.path)
+        for path in list(self._here)[: max(0, len(self._here) - self._service.config.sessions.resident)]:
+            if not self._here[path].at_work_here:
+                self._here.pop(path).close()
+
+    async def sweep(self) -> None:
+        """Let idle sessions go, and delete the journals of those that ended long ago. Never returns."""
+        config = self._service.config.sessions
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for path, session in list(self._here.items()):
+                if not session.at_work_here and session.idle_s > config.idle_s:
+                    self._here.pop(path).close()
+            await asyncio.to_thread(self._delete_old, time.time() - config.idle_s - config.keep_s)
+
+    def _delete_old(self, before: float) -> None:
+        for path in self._folder.glob("*/*.jsonl"):
+            try:
+                if path.stat().st_mtime < before:
+                    path.unlink()
+            except FileNotFoundError:  # another replica was faster
+                continue
+
+    def close(self) -> None:
+        for session in self._here.values():
+            session.close()
+        self._here.clear()
+
+
+def _not_found(identifier: str) -> ApiError:
+    return ApiError(404, "session_not_found", f"there is no session {identifier!r}")
