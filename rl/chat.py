@@ -4,19 +4,32 @@ Tokens in, tokens out: a conversation grows as
     prompt ids  +  sampled ids, exactly as sampled  +  glue and encoded observation  +  sampled ids  + ...
 and is never rendered again as a whole. That is right only for a template whose rendering of a conversation is a
 prefix of its rendering of the longer one; `ChatCodec` proves it when it is made, and refuses other templates.
+
+What somebody writes never becomes a control token. "<|im_end|>" in a user's, a tool's or a system's text is encoded as
+those ten characters, and so is every token that the tokenizer or the template reserves; in what the assistant says only
+the special ones are, so that the calls and the thinking of a demonstration have the tokens that a model samples. Where
+tool results are shown by text alone, "<tool_response>" in a user's turn, the marker is written "< tool_response>" when
+it stands in a user's or a tool's own text: nobody can make up a result, or end one.
 """
 
 import json
 import re
+import secrets
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 from rl.env import Action, Message, ToolCall
 
 _REPLY = "Zq7replyZq7"
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+BLOCK = re.compile(rf"{OPEN}(.*?){CLOSE}", re.DOTALL)
+_SAID = {OPEN, CLOSE, "<think>", "</think>"}
+"""What a model says on purpose, special token or not."""
+_RESULT, _RESULT_END = "<tool_response>", "</tool_response>"
+_FAKED = re.compile(r"<(?=/?tool_response>)")
 
 
 class TemplateError(ValueError):
@@ -72,9 +85,11 @@ class ChatCodec:
         if not getattr(tokenizer, "chat_template", None):
             raise TemplateError("the tokenizer has no chat template. Set model.path to a chat model")
         self._tokenizer = tokenizer
+        self._breaks = _Breaks(tokenizer)
         self._native_tools = self._shows_tools()
         self._native_tool_role = self._shows_tool_role()
         self._native_calls = self._shows_calls()
+        self._results_are_text = self._shows_results_as_text()
         suffix = self._after_reply([{"role": "user", "content": "go on"}])
         self.end_of_turn: int = self._encode(suffix)[0]
         self.end_text = str(tokenizer.convert_ids_to_tokens(self.end_of_turn))
@@ -103,7 +118,31 @@ class ChatCodec:
 
     def reply(self, message: Message) -> list[int]:
         """Token ids of an assistant message as a model would have sampled it, end-of-turn included."""
-        return [*self._encode(self.reply_text(message)), self.end_of_turn]
+        return [*self._encode(self._breaks.said(self.reply_text(message))), self.end_of_turn]
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        recall: Callable[[Sequence[int], Message], Sequence[int] | None] = lambda context, message: None,
+    ) -> list[int]:
+        """Token ids of a conversation so far, ending where the assistant starts to speak: an episode's context.
+
+        recall: the ids that were sampled when the assistant said `message` after `context`, end-of-turn included.
+        Where it knows none (None), `reply` stands in for them.
+        """
+        turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        ends = [*turns, len(messages)]
+        ids = self.prompt(messages[: ends[0]], tools)
+        for at, end in pairwise(ends):
+            ids += recall(ids, messages[at]) or self.reply(messages[at])
+            ids += self.observation(messages[at + 1 : end])
+        return ids
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text that stands alone, after what the tokenizer begins every text with."""
+        begins = [i for i in self._tokenizer.encode("") if i == self._tokenizer.bos_token_id]
+        return begins + self._encode(self._breaks.shown(text))
 
     def reply_text(self, message: Message) -> str:
         """An assistant message as plain text; structured tool calls become <tool_call> blocks."""
@@ -113,6 +152,11 @@ class ChatCodec:
     def messages(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a whole conversation as the template itself renders it: what concatenation must equal."""
         return self._encode(self._render(messages, tools, generation_prompt=False))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return len(self._tokenizer)
 
     # -- decoding ------------------------------------------------------------------------------------------------
 
@@ -139,9 +183,11 @@ class ChatCodec:
     # -- the template --------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        pieces = self._breaks.pieces(text)
+        return [i for piece in pieces for i in self._tokenizer.encode(piece, add_special_tokens=False)]
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+        messages, tools = [self._harmless(m) for m in messages], self._breaks.shown(list(tools))
         if tools and not self._native_tools:
             messages, tools = _describe_tools(messages, tools), ()
         return self._tokenizer.apply_chat_template(
@@ -151,9 +197,18 @@ class ChatCodec:
             add_generation_prompt=generation_prompt,
         )
 
+    def _harmless(self, message: Message) -> Message:
+        """A message whose texts hold nothing that the template's own markers could be taken for."""
+        role, content = message["role"], message.get("content")
+        if role == "assistant":
+            return {**self._breaks.said(message), "role": role}
+        if role in ("user", "tool") and self._results_are_text and isinstance(content, str):
+            message = {**message, "content": _FAKED.sub("< ", content)}
+        return {**self._breaks.shown(message), "role": role}
+
     def _adapt(self, message: Message) -> Message:
         if message["role"] == "tool" and not self._native_tool_role:
-            return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+            return {"role": "user", "content": f"{_RESULT}\n{message['content']}\n{_RESULT_END}"}
         if message.get("tool_calls") and not self._native_calls:
             return {"role": "assistant", "content": self.reply_text(message)}
         return message
@@ -189,6 +244,12 @@ class ChatCodec:
         opening = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "x"}]
         return self._native_tools and self._shows([*opening, {"role": "tool", "content": _REPLY}], _REPLY)
 
+    def _shows_results_as_text(self) -> bool:
+        """Whether a tool's result is marked by what anybody could write, and not by tokens that nobody can."""
+        opening = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "x"}]
+        marked = not self._native_tool_role or self._shows([*opening, {"role": "tool", "content": "y"}], _RESULT)
+        return marked and self._breaks.shown(_RESULT) == _RESULT
+
     def _shows_calls(self) -> bool:
         """Whether the template writes a structured call exactly as `reply_text` does."""
         call = {"type": "function", "function": {"name": _REPLY, "arguments": {"a": 1, "op": "+"}}}
@@ -219,20 +280,66 @@ class ChatCodec:
         return refused
 
 
+class _Breaks:
+    """Breaks the control tokens in texts: behind the first character a mark, at which the text is encoded in pieces.
+
+    So each piece has the tokens that it would have anywhere, and none holds a whole control token that somebody wrote.
+    What templates do to a text leaves the mark as it is: digits, too many to be guessed.
+    """
+
+    def __init__(self, tokenizer: Any):
+        added = tokenizer.added_tokens_decoder.values()
+        special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+        # Vocabulary is added too, such as line breaks and HTML by Gemma: only what marks something is reserved.
+        known, template = {*_SAID, _RESULT, _RESULT_END}, str(tokenizer.chat_template)
+        marks = (t.content for t in added if t.content.startswith(("<", "[")))
+        self._mark = str(10**39 + secrets.randbelow(9 * 10**39))
+        self._said = _beginnings(special - _SAID)
+        self._shown = _beginnings(special | {m for m in marks if m in known or m in template or m[:2] == "<|"})
+
+    def said(self, value: Any) -> Any:
+        """What the assistant says: text, or JSON with texts in it."""
+        return self._broken(value, self._said)
+
+    def shown(self, value: Any) -> Any:
+        """What the assistant is shown: text, or JSON with texts in it."""
+        return self._broken(value, self._shown)
+
+    def pieces(self, text: str) -> list[str]:
+        return text.split(self._mark)
+
+    def _broken(self, value: Any, beginnings: re.Pattern[str]) -> Any:
+        if isinstance(value, str):
+            return beginnings.sub(lambda first: first[0] + self._mark, value)
+        if isinstance(value, Mapping):
+            return {self._broken(k, beginnings): self._broken(v, beginnings) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._broken(v, beginnings) for v in value]
+        return value
+
+
+def _beginnings(tokens: set[str]) -> re.Pattern[str]:
+    """The first character of each of them, wherever it stands, also where two overlap."""
+    several = sorted(t for t in tokens if len(t) > 1 and t.strip())
+    groups = groupby(several, key=lambda token: token[0])
+    heads = [f"{re.escape(first)}(?={'|'.join(re.escape(t[1:]) for t in rest)})" for first, rest in groups]
+    return re.compile("|".join(heads) or "(?!)")
+
+
 def format_call(function: Mapping[str, Any]) -> str:
     """A tool call as text, in the form that Hermes, Qwen and others share."""
     arguments = function["arguments"]
     arguments = json.loads(arguments) if isinstance(arguments, str) else dict(arguments)
     shown = json.dumps(arguments, ensure_ascii=False)
-    return f'{_OPEN}{{"name": "{function["name"]}", "arguments": {shown}}}{_CLOSE}'
+    return f'{OPEN}{{"name": "{function["name"]}", "arguments": {shown}}}{CLOSE}'
 
 
 def parse_calls(text: str) -> tuple[tuple[ToolCall, ...], str | None]:
     """The tool calls in a turn, and what is wrong with them (then no calls)."""
-    if _OPEN not in text and _CLOSE not in text:
+    if OPEN not in text and CLOSE not in text:
         return (), None
-    blocks = re.findall(rf"{_OPEN}(.*?){_CLOSE}", text, re.DOTALL)
-    if len(blocks) != text.count(_OPEN) or len(blocks) != text.count(_CLOSE):
+    blocks = BLOCK.findall(text)
+    if len(blocks) != text.count(OPEN) or len(blocks) != text.count(CLOSE):
         return (), "malformed call: unbalanced tags"
     calls = []
     for block in blocks:
@@ -255,7 +362,7 @@ def _describe_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     lines = "\n".join(json.dumps(t["function"]) for t in tools)
     text = (
         f"You may call tools:\n{lines}\n"
-        f'To call one, write {_OPEN}{{"name": ..., "arguments": {{...}}}}{_CLOSE} and nothing else.'
+        f'To call one, write {OPEN}{{"name": ..., "arguments": {{...}}}}{CLOSE} and nothing else.'
     )
     if messages and messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm import EngineArgs
 
 IN_PROCESS = "in_process"
+FROM_FOLDER = "from_folder"
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -14,7 +16,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rl.engine_options import IN_PROCESS
+from rl.engine_options import FROM_FOLDER, IN_PROCESS
 
 
 @dataclass
@@ -83,4 +85,24 @@ class InProcessTransfer(LayerwiseTransfer):
         yield from update_info.tensors
 
 
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):
+    """One safetensors file of a model's folder."""
+
+    folder: str
+    file: str
+
+
+class FolderTransfer(LayerwiseTransfer):
+    """Every worker reads the files of a folder itself, one tensor at a time: serve/."""
+
+    update_info_cls = FileUpdate
+
+    def tensors(self, update_info: FileUpdate) -> Iterator[tuple[str, torch.Tensor]]:
+        with safe_open(Path(update_info.folder) / update_info.file, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  a file is no mapping
+                yield name, file.get_tensor(name)
+
+
 WeightTransferEngineFactory.register_engine(IN_PROCESS, InProcessTransfer)
+WeightTransferEngineFactory.register_engine(FROM_FOLDER, FolderTransfer)
