@@ -19,6 +19,10 @@ $(STAMP): .ci/lock-cpu.txt pyproject.toml
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	command -v bwrap >/dev/null || (apt-get update -q && apt-get install -y -q bubblewrap) >/dev/null || \
 		echo "bubblewrap is not here and cannot be installed: environments that run code will refuse to start"
+	command -v chromedriver >/dev/null || (apt-get update -q && apt-get install -y -q chromium chromium-driver) >/dev/null || \
+		echo "chromium is not here and cannot be installed: the tests of the page skip"
+	command -v kubectl >/dev/null || (apt-get update -q && apt-get install -y -q kubernetes-client) >/dev/null || \
+		echo "kubectl is not here and cannot be installed: the tests of k8s/ skip what kustomize builds"
 	touch $(STAMP)
 
 quickstart: $(STAMP)

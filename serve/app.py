@@ -71,7 +71,7 @@ def _invalid(error: Exception) -> ApiError:
 
 def _http(error: Exception) -> ApiError:
     assert isinstance(error, HTTPException)
-    known = {404: "not_found", 405: "method_not_allowed"}
+    known = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed"}
     return ApiError(error.status_code, known.get(error.status_code, "http_error"), str(error.detail))
 
 

@@ -117,4 +117,6 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("server")
     first = next(p for p in sorted((trained / "checkpoints").glob("step=*")) if p.name == "step=20")
     settings = [f"dir={folder}", "name=agent", "tools=[calculator, python]", "sessions.disconnect_grace_s=0.5"]
-    yield from serving(resolve(str(first), settings))
+    for made in serving(resolve(str(first), settings)):
+        made.service.book.add(trained / "checkpoints" / "latest")
+        yield made
