@@ -33,6 +33,14 @@ def train(
     config: Annotated[Path, typer.Argument(help="A YAML configuration, for example configs/quickstart.yaml")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    job: Annotated[
+        bool,
+        typer.Option(
+            "--job",
+            help="For schedulers that try a job again: go on from the newest checkpoint, or start over where nothing "
+            "was saved; exit with 75 when stopped before the end.",
+        ),
+    ] = False,
 ) -> None:
     """Train an agent: every stage of CONFIG, with each role in its own process.
 
@@ -45,7 +53,7 @@ def train(
     from rl.config_file import load_config, placing_errors
 
     with placing_errors(config, overrides or []):
-        run_training(load_config(config, overrides or []), console, resume=resume)
+        run_training(load_config(config, overrides or []), console, resume=resume, job=job)
 
 
 @app.command("eval")

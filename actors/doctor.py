@@ -114,9 +114,14 @@ def _version(distribution: str) -> str | None:
 
 def check_shared_memory() -> Check:
     """Ray keeps its objects in /dev/shm, and falls back to a slow file in /tmp when it is too small."""
-    size, wanted = shutil.disk_usage("/dev/shm").total, max(_STORE_SHARE * memory(), 2 << 30)
+    size, wanted = shutil.disk_usage("/dev/shm").total, shared_memory_bytes(memory())
     remedy = f"at least {_gib(wanted)} for Ray's object store: docker --shm-size, or a Memory emptyDir at /dev/shm"
     return Check("/dev/shm", True if size >= wanted else None, _gib(size), remedy)
+
+
+def shared_memory_bytes(memory_bytes: float) -> float:
+    """How large /dev/shm must be on a machine, or in a container, with so much memory."""
+    return max(_STORE_SHARE * memory_bytes, 2 << 30)
 
 
 def check_free(name: str, folder: Path) -> Check:
@@ -308,10 +313,15 @@ def _gpu_check(role: str, wanted: float, detail: str, room: Room, remedy: str) -
 
 def check_object_store(config: Config, size: Size, room: Room) -> Check:
     """Weights travel through Ray's object store."""
-    wanted = _STORE_COPIES * size.parameters * DTYPE_BYTES[config.generator_dtype]
+    wanted = store_bytes(config, size)
     found = f"about {_gib(wanted)} a node for the weights' versions, {room.where} has {_gib(room.store_bytes)}"
     remedy = "more memory (Ray takes 30 % of what is free) and as large a /dev/shm, or ray start --object-store-memory"
     return Check("object store", wanted <= room.store_bytes, found, remedy)
+
+
+def store_bytes(config: Config, size: Size) -> float:
+    """What a node's object store must hold of the weights."""
+    return _STORE_COPIES * size.parameters * DTYPE_BYTES[config.generator_dtype]
 
 
 def _existing(folder: Path) -> Path:

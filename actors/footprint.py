@@ -90,3 +90,8 @@ def activation_bytes(config: Config, size: Size, *, backward: bool) -> float:
     kept = 2 if config.learner.gradient_checkpointing else 34  # https://arxiv.org/abs/2205.05198, without the scores
     layers = backward * 128 * size.layers**2 * kept * DTYPE_BYTES[config.learner_dtype] / 2
     return config.learner.micro_batch_tokens * (layers + 16 * size.vocabulary)
+
+
+def checkpoint_bytes(config: Config, size: Size) -> float:
+    """Weights plus two fp32 moments and, in bf16, fp32 master weights."""
+    return size.parameters * (14 if config.learner_dtype == "bfloat16" else 12)

@@ -18,17 +18,26 @@ from rl.metrics import read_lines
 
 NAMESPACE = "repertory"
 _POLL_S = 0.25
+_TRY_AGAIN = 75
+"""sysexits.h's EX_TEMPFAIL."""
 
 
-def run_training(config: Config, console: Console, *, resume: bool = False) -> None:
+def run_training(config: Config, console: Console, *, resume: bool = False, job: bool = False) -> None:
     """Check everything that can be checked, then train and show it.
+
+    job: one that its scheduler may end and try again. It resumes where something has been saved, starts over where
+    nothing has, and exits with _TRY_AGAIN when it was stopped before its end.
 
     Raises ConfigError, before anything is written, for whatever the user can mend; RunFailed when the run ended with
     an error.
     """
-    from actors.preflight import preflight
+    from actors.preflight import has_saved, preflight
 
-    device = preflight(config, console, resume=resume)
+    checked = config
+    if job:
+        resume = has_saved(config)
+        checked = config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})})
+    device = preflight(checked, console, resume=resume)
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
@@ -36,7 +45,7 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
 
     folder = config.run.dir.resolve()
     try:
-        with owning(folder, resume=resume, overwrite=config.run.overwrite):
+        with owning(folder, resume=resume, overwrite=checked.run.overwrite):
             checkpoint.write_whole(folder / "config.yaml", dump_config(config))
             whole = _train(config, folder, device, resume, console)
     except BudgetSpent as error:
@@ -54,6 +63,8 @@ def run_training(config: Config, console: Console, *, resume: bool = False) -> N
         last = checkpoint.newest(folder)
         how = f"--resume goes on from {last.name}" if last else "there is no checkpoint yet, so start it again"
         console.print(f"\nstopped before its end, as asked: {how}", highlight=False)
+        if job:
+            raise SystemExit(_TRY_AGAIN)
 
 
 def _train(config: Config, folder: Path, device: str, resume: bool, console: Console) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.footprint import Size, model_size
+from actors.footprint import Size, checkpoint_bytes, model_size
 from actors.run_folder import refuse_owned
 from rl import checkpoint
 from rl.config import Config
@@ -27,6 +27,13 @@ def preflight(config: Config, console: Console, *, resume: bool) -> str:
             check_disk(config, size)
         check_cluster(config)
     return device
+
+
+def has_saved(config: Config) -> bool:
+    """Whether the run's folder holds something to go on with. A damaged checkpoint is something: it is not deleted."""
+    if config.only_evaluates:
+        return config.run.dir.is_dir()
+    return any((config.run.dir / "checkpoints").glob("step=*"))
 
 
 def check_run_folder(config: Config, resume: bool) -> None:
@@ -133,9 +140,8 @@ def check_world(config: Config) -> None:
 
 
 def check_disk(config: Config, size: Size) -> None:
-    """A checkpoint is weights plus two fp32 moments and, in bf16, fp32 master weights."""
-    each = size.parameters * (14 if config.learner_dtype == "bfloat16" else 12)
-    wanted = each * (config.run.keep_checkpoints + 2)
+    """Room for the checkpoints that are kept, and for two more."""
+    wanted = checkpoint_bytes(config, size) * (config.run.keep_checkpoints + 2)
     root = Path(config.run.root).resolve()
     while not root.exists():
         root = root.parent

@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from actors.kubernetes_command import k8s
+
 console = Console()
 release = typer.Typer(help="Which weight versions a server answers with.", no_args_is_help=True)
 keys = typer.Typer(help="API keys: only their hashes are kept.", no_args_is_help=True)
-k8s = typer.Typer(help="Manifests for Kubernetes with KubeRay.", no_args_is_help=True)
 
 Served = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a server's own folder")]
 
@@ -172,18 +173,3 @@ def bench_serve(
         url, console, model=model, concurrency=concurrency, turns=turns, duration_s=duration, max_tokens=max_tokens,
         stream=stream, sessions=sessions, env=env, key_variable=api_key_env, json_path=json_path,
     )  # fmt: skip
-
-
-@k8s.command()
-def render(
-    config: Annotated[Path, typer.Argument(help="A run's YAML, for example configs/cluster/qwen_8gpu.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...")] = None,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("manifests"),
-) -> None:
-    """Write KubeRay manifests for a configuration: workers and resources follow the roles' placement.
-
-    Example:  repertory k8s render configs/cluster/qwen_8gpu.yaml --out manifests && kubectl apply -k manifests
-    """
-    from actors.kubernetes import render as write
-
-    write(config, overrides or [], out)

@@ -1,1 +1,1 @@
-"""Who talks to the trained agent: an HTTP server over Ray Serve, with the episode loop, the tokens and the engine of training."""
+"""Who talks to the trained agent: HTTP over Ray Serve, with the episode loop, the tokens and the engine of training."""

@@ -41,7 +41,7 @@ def test_no_input_is_a_failure_of_the_server(schema, session, mode):
     for operation in operations:
         if operation.method.upper() != "DELETE":  # what is deleted here, other examples need
             _fuzz(operation, mode, session, answered)
-    assert answered.total() > 10 * EXAMPLES
+    assert answered.total() > 8 * EXAMPLES
     assert answered.keys() & {400, 404, 409}
 
 
