@@ -26,6 +26,7 @@ from actors.role import NotOpen, bound_threads, remote_class
 from actors.rollout import RolloutWorker
 from actors.supervisor import Supervisor, end
 from actors.weight_store import Published, WeightStore
+from rl.checkpoint import write_whole
 from rl.config import Config
 from rl.gradient import Sums, add_sums
 
@@ -92,6 +93,8 @@ class Company:
         self.store = store.options(
             name=self.store_name, namespace=self.namespace, max_restarts=_FOR_EVER, **free
         ).remote(c.weights.full_every)
+        # For whoever serves what is trained here.
+        write_whole(initial.parent / "store.json", {"store": self.store_name, "namespace": self.namespace})
         self.generators = [self.make("generator", i) for i in range(c.generator.count)]
         if c.needs_feedback_model:
             self.feedback = [self.make("feedback", i) for i in range(c.feedback_actor.count)]

@@ -268,7 +268,9 @@ class Engine:
             self._llm.abort_request([request_id])
 
     def _apply_swap(self, swap: _Swap) -> None:
-        states = self._llm.output_processor.request_states
+        if not swap.future.set_running_or_notify_cancel():
+            self._end_swap()
+            return
         try:
             self._take_weights(swap)
         except Exception as error:  # most likely who had them is gone: the next load may be of another's
@@ -277,6 +279,7 @@ class Engine:
             swap.future.set_exception(error)
             return
         self._torn = None
+        states = self._llm.output_processor.request_states
         # Cached keys and values were computed by the old weights; running requests compute theirs again.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not drop its prefix cache with the weights")
@@ -285,12 +288,16 @@ class Engine:
             detokenizer = states[running.internal_id].detokenizer
             assert detokenizer is not None
             running.marks.append((detokenizer.num_output_tokens(), swap.version))
+        self._end_swap()
+        swap.future.set_result(None)
+
+    def _end_swap(self) -> None:
+        """What waited for it may begin."""
         self._swaps.popleft()
         if not any(later.policy == "drain" for later in self._swaps):
             held, self._held = self._held, []
             for _, body in held:
                 self._add(*body)
-        swap.future.set_result(None)
 
     def _take_weights(self, swap: _Swap) -> None:
         if swap.adapter is not None:

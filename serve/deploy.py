@@ -45,7 +45,8 @@ def _listens_on(config: ServeConfig) -> str:
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)
-    return client.http_config.host if client is not None else config.http.host
+    found = client.http_config.host if client is not None else None
+    return found or config.http.host
 
 
 def application(config: ServeConfig) -> "Application":
@@ -66,11 +67,8 @@ def application(config: ServeConfig) -> "Application":
         }
     several = config.replicas > 1 or config.autoscale is not None
     # A session's turns come to the replica that holds it, where the client says which session it is (x-session-id).
-    sticky = {
-        "request_router_config": RequestRouterConfig(
-            request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-        )
-    }
+    router: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+    sticky: dict[str, Any] = {"request_router_config": RequestRouterConfig(request_router_class=router)}
     agent: Any = ray_serve.deployment(
         name="Agent",
         max_ongoing_requests=config.limits.in_flight + _SLACK,

@@ -64,13 +64,20 @@ class Metrics:
         """role: stable or canary."""
         self._version.set(version, {"role": role})
 
-    def sampled(self, prompt: int, tokens: int, first_s: float, seconds: float) -> None:
-        """One completion: the tokens of its prompt and its own, when the first of them came, and when the last."""
+    def sampled(self, prompt: int, tokens: int, first_s: float | None, seconds: float) -> None:
+        """One completion: the tokens of its prompt and its own, when the first of them came, and when the last.
+
+        first_s: None where nobody saw them come; the first then counts like the others.
+        """
         if prompt:
             self._tokens.inc(prompt, {"kind": "prompt"})
-        if tokens:
-            self._tokens.inc(tokens, {"kind": "sampled"})
-            self._first.observe(first_s)
+        if not tokens:
+            return
+        self._tokens.inc(tokens, {"kind": "sampled"})
+        if first_s is None:
+            self._each.observe(seconds / tokens)
+            return
+        self._first.observe(first_s)
         if tokens > 1:
             self._each.observe((seconds - first_s) / (tokens - 1))
 

@@ -6,13 +6,15 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from rl.config_file import ConfigError
 from serve.config import ServeConfig
 from serve.keys import KeyRing, refuse_public
+from serve.release import Releases
+from serve.release_files import origin_of
+from serve.releases import Book
 from serve.resolve import Source, resolve, source_of
 
 PROXY_GUARD = "serve.proxy_guard:middlewares"
@@ -24,6 +26,7 @@ def serve(what: str, overrides: Sequence[str], console: Console) -> None:
     source = source_of(config)
     keys = KeyRing.of(config.keys, source.dir)
     refuse_public(config.http.host, keys)
+    releases = _begin(config, source)
     config = _with_port(config)
     os.environ.update(
         RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=PROXY_GUARD,
@@ -35,10 +38,18 @@ def serve(what: str, overrides: Sequence[str], console: Console) -> None:
         _deploy(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which has set its own
         signal.signal(number, lambda *_: ended.set())
-    _tell(config, source, keys, console)
+    _tell(config, source, keys, releases, console)
     ended.wait()
     with console.status("ending what is under way"):
         _shut_down()
+
+
+def _begin(config: ServeConfig, source: Source) -> Releases:
+    """What is named is a release. A checkpoint that is named is the stable one; a run has its own promoted one."""
+    book = Book(source.dir, config.versions.keep)
+    releases, version = book.begin(source.model), origin_of(source.model).version
+    is_run = (Path(config.model) / "checkpoints").is_dir()
+    return releases if is_run or releases.stable == version else book.promote(version)
 
 
 def _with_port(config: ServeConfig) -> ServeConfig:
@@ -82,10 +93,11 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def _tell(config: ServeConfig, source: Source, keys: Any, console: Console) -> None:
+def _tell(config: ServeConfig, source: Source, keys: KeyRing, releases: Releases, console: Console) -> None:
     url = f"http://{config.http.host}:{config.http.port}"
     console.print(f"{source.name} is served at {url}", highlight=False, soft_wrap=True)
     lines = {
+        "version": f"{releases.stable}" + _newer(config, source, releases),
         "page": url,
         "OpenAI": f"{url}/v1   (model {source.name})",
         "sessions": f"POST {url}/v1/sessions",
@@ -98,3 +110,10 @@ def _tell(config: ServeConfig, source: Source, keys: Any, console: Console) -> N
     for name, value in lines.items():
         console.print(f"  {name:<9} {value}", highlight=False, soft_wrap=True)
     console.print("Ctrl-C ends it.")
+
+
+def _newer(config: ServeConfig, source: Source, releases: Releases) -> str:
+    newest = origin_of(source.model).version
+    if releases.stable == newest or config.follow.source != "none":
+        return ""
+    return f"   (the run has version {newest}: repertory release promote {source.run} {newest})"

@@ -25,7 +25,8 @@ from serve.journal import Event, fold
 from serve.keys import KeyRing
 from serve.live import CONVERSATION, Conversation, tool_set
 from serve.metrics import Metrics
-from serve.releases import Book, Releases
+from serve.release import Releases
+from serve.releases import Book
 from serve.resolve import Source, source_of
 from serve.schema import FeedbackRequest, SessionRequest
 from serve.session import Session
@@ -43,12 +44,18 @@ class Service:
     """Everything of a replica. Make it with `Service.start`, on the event loop that it is used on."""
 
     def __init__(
-        self, config: ServeConfig, source: Source, codec: ChatCodec, max_length: int, versions: Versions, book: Book
+        self,
+        config: ServeConfig,
+        source: Source,
+        codec: ChatCodec,
+        max_length: int,
+        versions: Versions,
+        book: Book,
+        metrics: Metrics,
     ):
         self.config, self.source, self.codec, self.max_length = config, source, codec, max_length
-        self.versions, self.book = versions, book
+        self.versions, self.book, self.metrics = versions, book, metrics
         self.name, self.software = source.name, version_of_package("repertory")
-        self.metrics = Metrics(source.name)
         self.keys = KeyRing.of(config.keys, source.dir)
         self.feedback = Feedback(source.dir)
         self.sessions = Sessions(self, source.dir / "sessions")
@@ -84,8 +91,9 @@ class Service:
             transfer=FROM_FOLDER,
         )
         engine = await asyncio.to_thread(Engine, str(folder), options, releases.stable)
-        versions = Versions(engine, folder, slice_s=config.versions.slice_s)
-        service = Service(config, source, codec, max_length, versions, book)
+        metrics = Metrics(source.name)
+        versions = Versions(engine, folder, slice_s=config.versions.slice_s, sampled=metrics.sampled)
+        service = Service(config, source, codec, max_length, versions, book, metrics)
         await service._take(releases)
         return service
 

@@ -48,8 +48,6 @@ class Session:
         self._streams, self._last = True, Completion([], [], [], "stop")
         self._recorded: Sequence[Played] = ()
         self._asked, self._context = 0, 0
-        self._first: float | None = None
-        """When the first token of the turn came."""
         self._version = 0
         self._followers = 0
         self._ending: asyncio.TimerHandle | None = None
@@ -203,22 +201,17 @@ class Session:
             turn = self._recorded[k].turn
             return Completion(turn["token_ids"], turn["logprobs"], turn["versions"], turn["finish_reason"])
         self._tell("turn_start", turn=k, version=self._version, seed=sampling.seed)
-        self._context, began = len(token_ids), time.perf_counter()
-        self._first = None
+        self._context = len(token_ids)
         if self._streams:
             self._last = await self._streamed(k, token_ids, sampling)
         else:
             self._last = await self._service.versions.generate(token_ids, sampling, self._version)
-        whole = time.perf_counter() - began
-        first = whole if self._first is None else self._first - began
-        self._service.metrics.sampled(len(token_ids), len(self._last.token_ids), first, whole)
         return self._last
 
     async def _streamed(self, k: int, token_ids: Sequence[int], sampling: Sampling) -> Completion:
         decoder = self._service.decoder()
         async with self._service.versions.stream(token_ids, sampling, self._version) as stream:
             async for chunk in stream:
-                self._first = self._first or time.perf_counter()
                 ids = list(chunk.token_ids)
                 ended = bool(ids) and ids[-1] == self._service.codec.end_of_turn
                 text = decoder.add(ids[:-1] if ended else ids)

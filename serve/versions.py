@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from serve.token_stream import Inbox, Request, TokenStream
 
 if TYPE_CHECKING:
     from rl.engine import Engine
-    from rl.vllm_io import Sink
+    from rl.vllm_io import Chunk, Sink
 
 log = logging.getLogger("repertory.serve")
 
@@ -53,11 +54,42 @@ class _Offer:
         return _Offer(files, json.loads(probe.read_text()) if probe.is_file() else None)
 
 
+class _Timed:
+    """When a request's first tokens came. Its sink, where it has one."""
+
+    def __init__(self, sink: "Sink | None"):
+        self._sink, self._began = sink, time.perf_counter()
+        self.first_s: float | None = None
+
+    def take(self, chunk: "Chunk") -> None:
+        if self.first_s is None:
+            self.first_s = self.whole_s
+        assert self._sink is not None
+        self._sink(chunk)
+
+    @property
+    def whole_s(self) -> float:
+        return time.perf_counter() - self._began
+
+
 class Versions:
     """Made on the event loop on which it is used, for an engine with the weight transfer FROM_FOLDER."""
 
-    def __init__(self, engine: "Engine", folder: Path, *, slice_s: float, chunk_s: float = CHUNK_S):
-        """folder: what the engine was started on, as the version `engine.version`."""
+    def __init__(
+        self,
+        engine: "Engine",
+        folder: Path,
+        *,
+        slice_s: float,
+        chunk_s: float = CHUNK_S,
+        sampled: Callable[[int, int, float | None, float], None] | None = None,
+    ):
+        """folder: what the engine was started on, as the version `engine.version`.
+
+        sampled: is told of each completion: the tokens of its prompt and its own, the seconds until the first of them,
+        where they were streamed, and until the last.
+        """
+        self._sampled = sampled
         self._engine, self._slice_s, self._chunk_s = engine, slice_s, chunk_s
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(self._loop)
@@ -97,8 +129,11 @@ class Versions:
     ) -> Request:
         if version not in self._offers:
             raise self._unknown(version)
-        request = Request(token_ids, sampling, sink)
+        timed = _Timed(sink)
+        request = Request(token_ids, sampling, timed.take if sink is not None else None)
         request.done.add_done_callback(lambda _: self._over(version, request))
+        if self._sampled is not None:
+            request.done.add_done_callback(lambda done: self._measure(len(token_ids), timed, done))
         if version == self._serving:
             self._start(request)
         else:
@@ -106,6 +141,10 @@ class Versions:
             if self._turns is None:
                 self._turns = self._loop.create_task(self._take_turns())
         return request
+
+    def _measure(self, prompt: int, timed: "_Timed", done: asyncio.Future[Completion]) -> None:
+        if self._sampled is not None and not done.cancelled() and done.exception() is None:
+            self._sampled(prompt, len(done.result().token_ids), timed.first_s, timed.whole_s)
 
     def _start(self, request: Request) -> None:
         self._running.add(request)
@@ -228,7 +267,8 @@ class Versions:
         """Drain, load and prove. Raises what has killed the engine; any other failure is the version's."""
         offer = self._offers[version]
         try:
-            await asyncio.wrap_future(self._engine.load(version, offer.updates, "drain"))
+            # Not to be cancelled with this task: the engine would find nobody to tell that it has loaded.
+            await asyncio.shield(asyncio.wrap_future(self._engine.load(version, offer.updates, "drain")))
             if offer.probe is not None:
                 await self._prove(offer.probe)
         except Exception as error:

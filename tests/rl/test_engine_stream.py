@@ -79,3 +79,14 @@ async def test_one_that_is_cancelled_while_it_waits_for_a_swap_is_never_begun(en
     await asyncio.wait_for(asyncio.wrap_future(swap), 20)
     assert engine.load_in_flight == 0
     assert set((await engine.generate(PROMPT, Sampling(max_tokens=2))).versions) == {1}
+
+
+async def test_a_load_that_nobody_waits_for_any_longer_is_not_made_and_ends_nothing(engine):
+    version = engine.version
+    running = engine.submit(PROMPT, Sampling(max_tokens=300, seed=1))
+    swap = engine.load(version + 1, [], "drain")
+    waiting = engine.submit(PROMPT, Sampling(max_tokens=2, seed=2))
+    assert swap.cancel()
+    assert set((await asyncio.wrap_future(waiting)).versions) == {version}
+    assert running.done()
+    assert engine.version == version

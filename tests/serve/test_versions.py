@@ -5,7 +5,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rl.env import World
 from rl.policy import Completion, Sampling
 from rl.pretrained import prepare_model
 from rl.vllm_io import Chunk
+from serve.token_stream import Inbox
 from serve.versions import UnknownVersion, Versions
 
 PROMPT = [1, 40, 50, 60, 70, 80, 2]
@@ -82,22 +83,39 @@ def engine(folders, bare):
 
 
 @pytest.fixture
-async def versions(engine, folders) -> AsyncIterator[Versions]:
-    """All three on offer, version 1 or whichever was the last in the engine."""
-    made = Versions(engine, folders[engine.version], slice_s=0.3)
-    for version, folder in folders.items():
-        await made.offer(version, folder)
+async def make(engine, folders) -> AsyncIterator[Callable[..., Awaitable[Versions]]]:
+    """Makes a Versions with all three on offer; whichever was the last is in the engine. One at a time."""
+    all_made = []
+
+    async def made(**settings: float) -> Versions:
+        versions = Versions(engine, folders[engine.version], **{"slice_s": 0.3, **settings})
+        for version, folder in folders.items():
+            await versions.offer(version, folder)
+        all_made.append(versions)
+        return versions
+
     yield made
-    deadline = time.monotonic() + 10
-    while engine.load_in_flight or made.in_flight:
-        assert time.monotonic() < deadline, "something is still in the engine"
-        await asyncio.sleep(0.01)
+    await until(lambda: not engine.load_in_flight and not any(v.in_flight or v._turns for v in all_made))
     if engine.version not in folders:
         await asyncio.wrap_future(engine.load(1, [{"folder": str(folders[1]), "file": "model.safetensors"}], "drain"))
 
 
+@pytest.fixture
+async def versions(make) -> Versions:
+    return await make()
+
+
+@pytest.fixture
+def loads(engine, monkeypatch) -> list[int]:
+    """The versions that were loaded, in order."""
+    found: list[int] = []
+    load = engine.load
+    monkeypatch.setattr(engine, "load", lambda version, *rest: found.append(version) or load(version, *rest))
+    return found
+
+
 async def until(condition) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
@@ -111,39 +129,28 @@ async def test_each_request_gets_the_tokens_of_its_version(versions, bare):
         assert set(completion.versions) == {version}
 
 
-async def test_under_steady_load_of_all_versions_none_is_mixed_and_none_starves(versions, bare):
+async def test_under_steady_load_of_all_versions_none_is_mixed_and_they_take_turns(versions, bare, loads):
     """Callers that ask again at once: the queue of no version is ever empty by itself."""
-    ended: dict[int, list[float]] = {1: [], 2: [], 3: []}
-    until_s = time.monotonic() + 4
 
     async def caller(version: int, seed: int) -> None:
-        while time.monotonic() < until_s:
+        while len(loads) < 12:
             completion = await versions.generate(PROMPT, SHORT.with_(seed=seed), version)
-            assert list(completion.token_ids) == bare[version, seed]
-            ended[version].append(time.monotonic())
+            assert list(completion.token_ids) == bare[version, seed] and set(completion.versions) == {version}
 
     await asyncio.gather(*(caller(v, s) for v in (1, 2, 3) for s in range(4)))
-    for times in ended.values():
-        gaps = [b - a for a, b in pairwise(times)]
-        assert max(gaps) < 2, "two slices of 0.3 s, and loads"
-    counts = [len(times) for times in ended.values()]
-    assert max(counts) < 4 * min(counts)
+    assert all(len(set(loads[i : i + 3])) == 3 for i in range(9)), loads
 
 
-async def test_a_slice_is_used_before_the_turn_ends(versions, engine, folders):
-    """Without it every request would be a load: the version in the engine goes on while another waits."""
-    loads = []
-    load = engine.load
-    engine.load = lambda *args: (loads.append(args[0]), load(*args))[1]
-    try:
-        async def caller(version: int) -> None:
-            for _ in range(20):
-                await versions.generate(PROMPT, SHORT, version)
+@pytest.mark.parametrize(("slice_s", "least", "most"), [(60.0, 1, 2), (0.0, 5, 20)])
+async def test_a_version_goes_on_for_its_slice_while_another_waits(make, loads, slice_s, least, most):
+    versions = await make(slice_s=slice_s)
 
-        await asyncio.gather(*(caller(v) for v in (1, 1, 2, 2)))
-    finally:
-        del engine.load
-    assert 2 <= len(loads) <= 12
+    async def caller(version: int) -> None:
+        for _ in range(5):
+            await versions.generate(PROMPT, SHORT, version)
+
+    await asyncio.gather(*(caller(v) for v in (1, 1, 2, 2)))
+    assert least <= len(loads) <= most
 
 
 async def test_one_version_alone_needs_no_turns(versions, engine, folders):
@@ -152,14 +159,12 @@ async def test_one_version_alone_needs_no_turns(versions, engine, folders):
     assert versions._turns is None and versions.current == 2 and versions.trouble is None
 
 
-async def test_a_version_that_is_idle_gives_way_at_once(engine, folders):
-    patient = Versions(engine, folders[engine.version], slice_s=60)
-    await patient.offer(2, folders[2])
-    await patient.offer(3, folders[3])
+async def test_a_version_that_is_idle_gives_way_at_once(make):
+    patient = await make(slice_s=600)
     started = time.monotonic()
-    await patient.generate(PROMPT, SHORT, 2)
-    await patient.generate(PROMPT, SHORT, 3)
-    assert time.monotonic() - started < 5
+    for version in (2, 3, 1):
+        await patient.generate(PROMPT, SHORT, version)
+    assert time.monotonic() - started < 100
 
 
 async def test_an_unknown_version_is_named_before_anything_is_sampled(versions):
@@ -278,7 +283,7 @@ async def test_a_request_that_is_ended_frees_its_place(versions, engine, how):
                 pass
     for one in ending or streams:
         one.cancel()
-    await asyncio.wait_for(versions.generate(PROMPT, Sampling(max_tokens=2), 1), 2)
+    await asyncio.wait_for(versions.generate(PROMPT, Sampling(max_tokens=2), 1), 10)
     assert [chunk async for chunk in streams[0]] == [] if how == "cancel" else True
     await until(lambda: engine.load_in_flight == 0 and versions.in_flight == 0)
 
@@ -304,7 +309,7 @@ async def test_a_drain_of_requests_that_are_ended_lets_the_next_version_in_at_on
     other = asyncio.ensure_future(versions.generate(PROMPT, Sampling(max_tokens=2), 2))
     await asyncio.sleep(0.5)
     running.cancel()
-    assert set((await asyncio.wait_for(other, 2)).versions) == {2}
+    assert set((await asyncio.wait_for(other, 10)).versions) == {2}
 
 
 async def test_what_vllm_refuses_fails_alone(versions):
@@ -328,46 +333,66 @@ async def chunks_of(stream) -> tuple[list[Chunk], list[float], Completion]:
         return chunks, times, await stream.completion()
 
 
-async def test_a_stream_is_its_completion_first_token_at_once_then_few_chunks(versions, bare):
+async def test_a_stream_is_its_completion_in_a_chunk_every_so_often(versions, bare):
     await versions.generate(PROMPT, SHORT, 2)
-    started = time.monotonic()
     asked = Sampling(max_tokens=400, seed=3, top_logprobs=2)
     chunks, times, whole = await chunks_of(versions.stream(PROMPT, asked, 2))
-    took = time.monotonic() - started
     assert [t for c in chunks for t in c.token_ids] == list(whole.token_ids)
     assert [p for c in chunks for p in c.logprobs] == list(whole.logprobs)
     assert [len(c.top) for c in chunks] == [len(c.token_ids) for c in chunks]
     assert list(whole.token_ids)[:12] == bare[2, 3] and {c.version for c in chunks} == {2}
-    assert len(chunks[0].token_ids) == 1 and times[1] - times[0] < 0.15
     gaps = [b - a for a, b in pairwise(times[1:-1])]
-    assert took > 0.6 and len(chunks) <= took / 0.2 + 3
-    assert min(gaps) > 0.19 and max(gaps) < 0.25, "every 0.2 s, but for the last, which comes when the request ends"
+    assert len(chunks) > 3 and min(gaps) > 0.15, "but for the last, which comes when the request ends"
 
 
-async def test_a_short_stream_does_not_wait_for_its_next_chunk_to_be_due(versions):
+async def test_the_first_token_comes_at_once_and_the_end_is_not_waited_for(make):
+    versions = await make(chunk_s=600)
     await versions.generate(PROMPT, SHORT, 2)
-    started = time.monotonic()
-    chunks, _, whole = await chunks_of(versions.stream(PROMPT, Sampling(max_tokens=4), 2))
-    assert time.monotonic() - started < 0.15 and sum(len(c.token_ids) for c in chunks) == len(whole.token_ids)
+    chunks, _, whole = await chunks_of(versions.stream(PROMPT, Sampling(max_tokens=100, seed=3), 2))
+    first, rest = (len(chunk.token_ids) for chunk in chunks)
+    assert first < 10 and first + rest == len(whole.token_ids) > 20
 
 
-async def test_many_streams_wake_the_event_loop_once_a_step_at_most(versions, monkeypatch):
-    """And far less often than there are chunks: a stream is told of what it waits for."""
+async def test_many_streams_wake_the_event_loop_only_for_what_is_waited_for(make, monkeypatch):
+    """Not for every chunk, and once for all streams that a step has something for."""
+    versions = await make(chunk_s=600)
     await versions.generate(PROMPT, SHORT, 2)
     loop = asyncio.get_running_loop()
-    woken = 0
+    woken = []
     wake = loop.call_soon_threadsafe
-
-    def counting(*args, **kwargs):
-        nonlocal woken
-        woken += 1
-        return wake(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
-    streams = [versions.stream(PROMPT, Sampling(max_tokens=150, seed=seed), 2) for seed in range(4)]
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: woken.append(args) or wake(*args))
+    streams = [versions.stream(PROMPT, Sampling(max_tokens=60, seed=seed), 2) for seed in range(4)]
     done = await asyncio.gather(*map(chunks_of, streams))
-    tokens = sum(len(whole.token_ids) for _, _, whole in done)
-    assert tokens > 300 and woken < tokens / 10
+    assert sum(len(whole.token_ids) for _, _, whole in done) > 100 and len(woken) <= 8
+
+
+def test_an_inbox_wakes_once_for_many_calls_and_again_for_later_ones():
+    woken, made = [], []
+
+    class Loop:
+        def call_soon_threadsafe(self, call):
+            woken.append(call)
+
+    inbox = Inbox(Loop())
+    for i in range(5):
+        inbox.put(lambda i=i: made.append(i))
+    assert len(woken) == 1 and made == []
+    woken[0]()
+    inbox.put(lambda: made.append(5))
+    assert len(woken) == 2 and made == list(range(5))
+
+
+async def test_ending_while_a_version_is_loaded_leaves_the_engine_alive(engine, make):
+    versions = await make()
+    other = 1 if engine.version == 2 else 2
+    asked = asyncio.ensure_future(versions.generate(PROMPT, SHORT, other))
+    running = [asyncio.ensure_future(versions.generate(PROMPT, LONG, engine.version)) for _ in range(2)]
+    await until(lambda: versions._serving is None)
+    versions._turns.cancel()
+    for one in (asked, *running):
+        one.cancel()
+    await until(lambda: engine.version == other and not engine.load_in_flight)
+    await asyncio.wrap_future(engine.score(PROMPT))
 
 
 async def test_the_engines_death_reaches_everybody(folders):
