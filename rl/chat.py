@@ -345,7 +345,7 @@ def parse_calls(text: str) -> tuple[tuple[ToolCall, ...], str | None]:
     for block in blocks:
         try:
             call = json.loads(block)
-            json.dumps(call, ensure_ascii=False).encode()  # an escaped lone surrogate is JSON, but no text
+            json.dumps(call, ensure_ascii=False, allow_nan=False).encode()  # a lone surrogate is no text, NaN no JSON
         except (ValueError, RecursionError):
             return (), "malformed call: not JSON"
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):

@@ -1,6 +1,7 @@
 """What a client wants of a session's next turns, and whether it can have that."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from serve.errors import ApiError
@@ -8,6 +9,9 @@ from serve.journal import Event, History, Played
 
 if TYPE_CHECKING:
     from serve.service import Service
+
+_LONG = 2000
+"""Characters of a content that is encoded on the event loop."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,15 @@ class Ask:
     retry: bool = False
     turn: int | None = None
     stream: bool = True
+    tokens: int | None = None
+    """Of the content, where it is so long that it was counted beside the event loop."""
+
+
+async def counted(service: "Service", created: Event, history: History, ask: Ask) -> Ask:
+    """With the tokens of a long content, which take their time."""
+    if ask.content is None or len(ask.content) < _LONG:
+        return ask
+    return replace(ask, tokens=await asyncio.to_thread(_tokens, service, created, ask.content, history))
 
 
 def check(service: "Service", created: Event, ask: Ask, history: History) -> None:
@@ -35,18 +48,14 @@ def check(service: "Service", created: Event, ask: Ask, history: History) -> Non
     if ask.content is None and not ask.retry and person and history.asks_person:
         raise ApiError(400, "content_missing", "it is the person's turn: say something", param="content")
     if ask.content is not None:
-        _check_room(service, created, ask.content, history)
+        _check_room(service, created, ask, history)
 
 
-def _check_room(service: "Service", created: Event, content: str, history: History) -> None:
+def _check_room(service: "Service", created: Event, ask: Ask, history: History) -> None:
     """Raises ApiError when the words leave no room for an answer."""
-    codec, most = service.codec, service.max_length
-    message = {"role": "user", "content": content}
-    if history.turns:
-        have, more = history.turns[-1].turn["context"], len(codec.observation([message]))
-    else:
-        system = [{"role": "system", "content": created["system"]}] if created["system"] else []
-        have, more = 0, len(codec.prompt([*system, message], service.tools_shown(created["tools"])))
+    most, have = service.max_length, history.turns[-1].turn["context"] if history.turns else 0
+    assert ask.content is not None
+    more = ask.tokens or _tokens(service, created, ask.content, history)
     if have + more >= most:
         raise ApiError(
             400,
@@ -57,15 +66,26 @@ def _check_room(service: "Service", created: Event, content: str, history: Histo
         )
 
 
+def _tokens(service: "Service", created: Event, content: str, history: History) -> int:
+    """What a person's words take, with all that goes before them where they are the first."""
+    message = {"role": "user", "content": content}
+    if history.turns:
+        return len(service.codec.observation([message]))
+    system = [{"role": "system", "content": created["system"]}] if created["system"] else []
+    return len(service.codec.prompt([*system, message], service.tools_shown(created["tools"])))
+
+
 def retried_from(ask: Ask, history: History) -> int:
     """From which turn on is sampled again: the one asked for, or the first after the person's last words."""
     turns = history.turns
-    if not turns:
+    if not history.items:
         raise ApiError(409, "nothing_to_retry", "the agent has not had a turn yet", param="retry")
     if ask.turn is not None:
         if ask.turn >= len(turns):
             raise ApiError(400, "no_such_turn", f"there are turns 0 to {len(turns) - 1}", param="turn")
         return ask.turn
+    if not isinstance(history.items[-1], Played):  # their answer was stopped: nothing is taken back
+        return len(turns)
     words = [i for i, item in enumerate(history.items) if not isinstance(item, Played)]
     later = [item for item in history.items[words[-1] if words else 0 :] if isinstance(item, Played)]
-    return (later or turns)[0].turn["turn"]
+    return later[0].turn["turn"]

@@ -72,12 +72,6 @@ class Completions:
 
     # -- what is asked for -------------------------------------------------------------------------------------------
 
-    def version(self, model: str, key: str) -> int:
-        """Raises ApiError 404."""
-        version, versions = self._service.version_of(model, key), self._service.versions
-        # The releases may name one that this replica is still to hear of: only who names it has to wait.
-        return version if version in versions.known or "@" in model else versions.current
-
     async def chat(self, body: ChatRequest, size: int) -> list[Asked]:
         """The turns that a request of `size` bytes asks for. Raises ApiError."""
         if body.top_logprobs and not body.logprobs:

@@ -36,11 +36,18 @@ class Journal:
 
     @staticmethod
     def create(path: Path, **created: Any) -> "Journal":
+        """A session's journal, with its first line or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)
-        journal = Journal(path)
-        with journal.lease():
-            journal.append("created", **created)
+        partial = path.with_suffix(".new")
+        partial.touch(exist_ok=False)
+        journal = Journal(partial)
+        try:
+            with journal.lease():
+                journal.append("created", **created)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        journal.path = path
         return journal
 
     def catch_up(self) -> list[Event]:
@@ -57,7 +64,7 @@ class Journal:
     @contextmanager
     def lease(self) -> Iterator[None]:
         """Be the only one who appends. Raises TurnUnderWay, and FileNotFoundError when the session was deleted."""
-        with self.path.open("r+b") as file:
+        with self.path.open("r+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,11 +79,17 @@ class Journal:
                 del self._file
 
     def append(self, kind: str, **data: Any) -> Event:
-        """Write one event; inside `lease` only."""
+        """Write one event; inside `lease` only. Raises OSError when it cannot be written: nothing is then."""
         event = {"seq": len(self.events), "type": kind, "time": round(time.time(), 3), **data}
         line = json.dumps(event, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        self._file.write(line)
-        self._file.flush()  # to the kernel: it outlives this process
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])  # to the kernel: it outlives this process
+        except OSError:  # a full disk: half a line is none
+            self._file.truncate(self._read_bytes)
+            self._file.seek(self._read_bytes)
+            raise
         self._read_bytes += len(line)
         self.events.append(event)
         return event
@@ -119,6 +132,7 @@ class History:
 def fold(events: Sequence[Event]) -> History:
     """What counts of a journal."""
     history = History()
+    last: Played | None = None
     for event in events:
         kind = event["type"]
         if kind == "created":
@@ -126,19 +140,24 @@ def fold(events: Sequence[Event]) -> History:
         elif kind == "user":
             history.items.append(event)
         elif kind == "turn":
-            history.items.append(Played(event))
+            last = Played(event)
+            history.items.append(last)
         elif kind == "observation":
-            history.turns[-1].observation = event
+            assert last is not None
+            last.observation = event
         elif kind == "version":
             history.version = event["to"]
         elif kind == "retry":
-            at = next(
-                i
-                for i, item in enumerate(history.items)
-                if isinstance(item, Played) and item.turn["turn"] == event["turn"]
-            )
-            del history.items[at:]
-            history.sample, history.over = event["sample"], None
+            _take_back(history, event)
         elif kind == "done" or (kind == "error" and not event["resume"]):
             history.over = event
     return history
+
+
+def _take_back(history: History, event: Event) -> None:
+    """What was said and played from a turn on does not count; a turn that has not been played takes nothing back."""
+    for at, item in enumerate(history.items):
+        if isinstance(item, Played) and item.turn["turn"] == event["turn"]:
+            del history.items[at:]
+            break
+    history.sample, history.over = event["sample"], None

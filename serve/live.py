@@ -105,22 +105,28 @@ class Live:
         step = await self._env.step(action)
         if action.tool_calls:
             self._took(time.perf_counter() - began)
-        self._observed(k, known, step, last=known is None or k == len(self._recorded) - 1)
+        messages = self._observed(k, known, step, last=known is None or k == len(self._recorded) - 1)
         words = await self._heard(asks) if person is not None and not step.done else []
-        shown = Observation([*step.observation.messages, *_said(words)])
-        return Step(shown, step.reward, step.done, step.info)
+        return Step(Observation([*messages, *_said(words)]), step.reward, step.done, step.info)
 
-    def _observed(self, k: int, known: Played | None, step: Step, last: bool) -> None:
-        """Tell what the environment has said, or hold it against what it said before."""
+    def _observed(self, k: int, known: Played | None, step: Step, last: bool) -> Sequence[Message]:
+        """Tell what the environment has said; or hold it against what it said before, which is what counts.
+
+        A tool may say another thing each time, such as the hour: the agent goes on from what it was told. An
+        environment that does is another one than the episode was played in.
+        """
         messages, flags = list(step.observation.messages), list(step.info.get("flags", ()))
         if known is not None and known.observation is not None:
-            if _plain(messages) != known.observation["messages"]:
+            recorded = known.observation["messages"]
+            if _plain(messages) != recorded and not isinstance(self._env, Conversation):
                 raise NotReplayable(f"the environment answers turn {k} otherwise than it did")
-        elif last:
+            return recorded
+        if last:
             if messages or flags:
                 self._tell("observation", turn=k, messages=messages, flags=flags)
-            if step.reward or step.done:
+            if step.reward:
                 self._tell("reward", turn=k, reward=step.reward)
+        return messages
 
     async def close(self) -> None:
         await self._env.close()

@@ -60,7 +60,7 @@ def router(service: "Service") -> APIRouter:
         raw = await request.body()
         body = parse(ChatRequest, raw)
         opening = next((text_of(m.content) for m in body.messages if m.role == "user"), "")
-        version = work.version(body.model, _key(request, body.prompt_cache_key or body.user, opening))
+        version = service.version_of(body.model, _key(request, body.prompt_cache_key or body.user, opening))
         asked = await work.chat(body, len(raw))
         tells = (body.top_logprobs or 0) if body.logprobs else None
         return await answer(request, body, asked, version, tells)
@@ -70,7 +70,7 @@ def router(service: "Service") -> APIRouter:
         """How texts go on. A text is no more than text: control tokens in it can only be given as ids."""
         raw = await request.body()
         body = parse(CompletionRequest, raw)
-        version = work.version(body.model, _key(request, body.user, json.dumps(body.prompt)))
+        version = service.version_of(body.model, _key(request, body.user, json.dumps(body.prompt)))
         asked = await work.texts(body, len(raw))
         return await answer(request, body, asked, version, body.logprobs)
 
@@ -128,7 +128,7 @@ def refusal(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InfraError):
-        log.error("a request failed: %s", error)
+        log.error("a request failed: %s", type(error).__name__)
         return ApiError(503, "unavailable", "the engine cannot answer now: try again", retry_after_s=1)
     if isinstance(error, UnknownVersion):
         return ApiError(503, "version_unavailable", f"{error}: try again", param="model", retry_after_s=1)
@@ -210,7 +210,7 @@ def _key(request: Request, named: str | None, opening: str) -> str:
 
 
 def _models(service: "Service") -> list[JSON]:
-    releases = service.book.read()
+    releases = service.releases
     ready = [r for r in releases.versions if r.state == "ready"]
     stable = [(service.name, r) for r in ready if r.version == releases.stable]
     return [

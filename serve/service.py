@@ -12,6 +12,7 @@ from actors.grader import Grader, NotGraded
 from rl.chat import ChatCodec
 from rl.config import Config
 from rl.config_env import EnvConfig
+from rl.config_file import ConfigError
 from rl.engine import Engine
 from rl.engine_options import FROM_FOLDER, EngineOptions
 from rl.env import Env, World
@@ -36,7 +37,7 @@ from serve.versions import Versions
 
 log = logging.getLogger("repertory.serve")
 
-_LOOK_S = 1.0
+_LOOK_S = 0.25
 """How often the releases are read."""
 
 
@@ -60,6 +61,9 @@ class Service:
         self.feedback = Feedback(source.dir)
         self.sessions = Sessions(self, source.dir / "sessions")
         self.envs: dict[str, EnvConfig] = {**_own_env(source), **config.envs}
+        self.releases = Releases()
+        """What is answered with: the book's, as far as this replica has heard of it."""
+        self._trouble = ""
         self._worlds: dict[str, World] = {}
         self._graders: dict[str, Grader] = {}
         self._chores = [asyncio.ensure_future(chore) for chore in (self.sessions.sweep(), self._look_for_releases())]
@@ -94,6 +98,7 @@ class Service:
         metrics = Metrics(source.name)
         versions = Versions(engine, folder, slice_s=config.versions.slice_s, sampled=metrics.sampled)
         service = Service(config, source, codec, max_length, versions, book, metrics)
+        await asyncio.to_thread(service._make_worlds)
         await service._take(releases)
         return service
 
@@ -112,12 +117,17 @@ class Service:
         while True:
             try:
                 releases = self.book.read()
-                await self._take(releases)
+                if releases.stable is not None or self.releases.stable is None:  # or somebody has deleted the book
+                    await self._take(releases)
                 self._measure(releases)
                 for version, why in list(self.versions.broken.items()):
                     await asyncio.to_thread(self.book.refuse, version, why)
-            except Exception:
-                log.exception("the releases cannot be read or changed; what is served goes on")
+            except Exception as error:
+                if str(error) != self._trouble:
+                    log.error("the releases cannot be read or changed, what is served goes on: %s", error)
+                self._trouble = str(error)
+            else:
+                self._trouble = ""
             await asyncio.sleep(_LOOK_S)
 
     def _measure(self, releases: Releases) -> None:
@@ -128,34 +138,45 @@ class Service:
                 self.metrics.version(version, role)
 
     async def _take(self, releases: Releases) -> None:
+        """Offer what is ready, answer with what the book says, forget the rest: in this order nobody is refused."""
         ready = {release.version: Path(release.folder) for release in releases.ready}
         for version, folder in ready.items():
             await self.versions.offer(version, folder)
+        if releases.stable in self.versions.known:
+            self.releases = releases
         for version in (self.versions.known | set(self.versions.broken)) - set(ready):
             await self.versions.forget(version)
 
     def version_of(self, model: str | None, key: str) -> int:
         """The version that a request or a session named `key` is to be answered with. Raises ApiError 404."""
-        return self.book.read().named(model or self.name, self.name, key)
+        version = self.releases.named(model or self.name, self.name, key)
+        if version in self.versions.known or self.releases.stable is None or "@" in (model or ""):
+            return version
+        return self.releases.stable  # a canary that could not be loaded
 
     def kept_version(self, version: int, key: str) -> int:
         """A session's own version while it is there, else what a new session would get."""
         return version if version in self.versions.known else self.version_of(None, key)
 
     def releases_shown(self) -> dict[str, Any]:
-        return {"model": self.name, "current": self.versions.current, **self.book.read().shown()}
+        return {"model": self.name, "current": self.versions.current, **self.releases.shown()}
 
     # -- what sessions are about ---------------------------------------------------------------------------------------
 
+    def _make_worlds(self) -> None:
+        """Raises ConfigError for an environment that cannot be made."""
+        for name, env in self.envs.items():
+            try:
+                self._worlds[name] = World(env, self.source.trained.run.seed)
+            except ValueError as error:
+                raise ConfigError(f"the environment {name!r} cannot be served: {error}") from None
+
     def world(self, name: str) -> World:
         """An environment by its name. Raises ApiError 404."""
-        if name not in self.envs:
-            known = ", ".join(self.envs) or "none"
-            raise ApiError(
-                404, "env_not_found", f"there is no environment {name!r} here; there is: {known}", param="env"
-            )
         if name not in self._worlds:
-            self._worlds[name] = World(self.envs[name], self.source.trained.run.seed)
+            known = ", ".join(self._worlds) or "none"
+            told = f"there is no environment {name!r} here; there is: {known}"
+            raise ApiError(404, "env_not_found", told, param="env")
         return self._worlds[name]
 
     def check_session(self, created: Mapping[str, Any]) -> None:
@@ -176,6 +197,16 @@ class Service:
             if created[other] is not None:
                 raise ApiError(400, "env_has_its_own", f"an environment brings its own {other}", param=other)
         self.task(created["env"], created["task"])
+
+    async def check_system(self, asked: SessionRequest) -> None:
+        """Raises ApiError when a system text alone leaves no room for a word."""
+        if asked.system is None:
+            return
+        opening = [{"role": "system", "content": asked.system}, {"role": "user", "content": ""}]
+        tokens = len(await asyncio.to_thread(self.codec.prompt, opening, self.tools_shown(asked.tools)))
+        if tokens >= self.max_length:
+            told = f"it takes {tokens} tokens, {tokens + 1 - self.max_length} more than the model's context leaves"
+            raise ApiError(400, "context_length_exceeded", told, param="system")
 
     def task(self, env: str, asked: Mapping[str, Any] | None) -> Task:
         asked = asked or {"split": "held_out", "index": 0}
@@ -267,24 +298,26 @@ class Service:
             raise ApiError(400, "no_such_turn", "the agent has not had this turn", param="turn")
         session.note(**asked.model_dump())
         events = list(session.journal.events)
-        return await asyncio.to_thread(
+        known = await asyncio.to_thread(
             self.feedback.record, session.id, events, asked.turn, asked.rating, asked.correction
         )
+        if not session.journal.path.exists():  # deleted meanwhile
+            self.feedback.delete(session.id)
+        return known
 
     def not_ready(self) -> str | None:
         """Why it cannot take a turn; None when it can."""
         return self.versions.trouble
 
     def health(self) -> dict[str, Any]:
-        releases = self.book.read()
         return {
             "status": "unready" if self.not_ready() else "ready",
             "model": self.name,
             "pid": os.getpid(),
             "version": self.versions.current,
-            "stable": releases.stable,
-            "canary": releases.canary,
-            "note": releases.note,
+            "stable": self.releases.stable,
+            "canary": self.releases.canary,
+            "note": self._trouble or self.releases.note,
             "sessions": self.sessions.count,
             "in_flight": self.versions.in_flight,
             "reason": self.not_ready(),

@@ -11,17 +11,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+import traceback
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl.env import Action, InfraError
-from rl.episode import Episode, Identity, run_episode
-from rl.policy import Completion, Sampling
+from rl.env import InfraError
+from rl.episode import Identity, run_episode
+from rl.policy import Sampling
 from rl.task import BadTask
 from serve.ask import Ask, check, retried_from
 from serve.errors import ApiError
-from serve.journal import Event, History, Journal, Played, TurnUnderWay, fold
+from serve.journal import Event, History, Journal, TurnUnderWay, fold
 from serve.live import Feed, Live, NotReplayable
+from serve.versions import UnknownVersion
+from serve.voice import Voice
 
 if TYPE_CHECKING:
     from serve.service import Service
@@ -29,7 +33,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("repertory.serve")
 
 _LOOK_S = 0.2
-"""How often a journal that another process writes is read."""
+"""How often a journal that another process writes is read, and a wish that another was told is looked for."""
+
+_UNWRITTEN = {
+    "type": "error",
+    "code": "storage_failed",
+    "message": "the session cannot be written now: post a turn without content to go on",
+    "resume": True,
+}
+_UNSEEN_S = 10.0
+"""How long a turn goes on whose events nobody has begun to read."""
 
 
 class Session:
@@ -45,12 +58,10 @@ class Session:
         self._go, self._news = asyncio.Event(), asyncio.Event()
         self._known = -1
         """Events when the episode here was suspended: with more, somebody else has gone on."""
-        self._streams, self._last = True, Completion([], [], [], "stop")
-        self._recorded: Sequence[Played] = ()
-        self._asked, self._context = 0, 0
-        self._version = 0
-        self._followers = 0
-        self._ending: asyncio.TimerHandle | None = None
+        self._voice: Voice | None = None
+        self._streams, self._version = True, 0
+        self.followers = 0
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -115,7 +126,9 @@ class Session:
             self._lease.close()
             raise
         self.at_work_here = True
-        self._arm(self._service.config.http.deadline_s, self._late)
+        self._arm("deadline", self._service.config.http.deadline_s, self._late)
+        self._arm("abandoned", _UNSEEN_S, self._abandoned)
+        self._arm("look", _LOOK_S, self._look_for_wishes)
         return after
 
     def _prepare(self, ask: Ask) -> None:
@@ -124,11 +137,12 @@ class Session:
             self._drop()
         history = fold(self.journal.events)
         check(self._service, self.created, ask, history)
-        if ask.retry:
+        interrupted = self._voice is not None and self._voice.interrupted
+        if ask.retry or (interrupted and ask.content is not None):
             self._drop()
-            at = retried_from(ask, history)
-            self._tell("retry", turn=at, sample=history.sample + 1)
-        self._move(history)
+        if ask.retry:
+            self._tell("retry", turn=retried_from(ask, history), sample=history.sample + 1)
+        self._version = history.version if history.version is not None else 0
         self._streams = ask.stream
         if ask.content is not None:
             self._tell("user", content=ask.content)
@@ -136,98 +150,73 @@ class Session:
         if self._episode is None:
             self._words.clear()
             self._episode = asyncio.ensure_future(self._play(fold(self.journal.events)))
+        elif self._voice is not None:
+            self._voice.go_on()
         self._go.set()
 
-    def _move(self, history: History) -> None:
-        """A session stays on its version for as long as that is there."""
-        assert history.version is not None
-        self._version = self._service.kept_version(history.version, self.id)
-        if self._version != history.version:
-            self._tell("version", **{"from": history.version, "to": self._version, "reason": "no longer served"})
+    def _now(self) -> tuple[int, bool]:
+        """The version of the next turn, and whether it is streamed. A session stays on its own while that is there."""
+        version = self._service.kept_version(self._version, self.id)
+        if version != self._version:
+            self._tell("version", **{"from": self._version, "to": version, "reason": "no longer served"})
+            self._version = version
+        return version, self._streams
 
     async def _play(self, history: History) -> None:
         """The episode, from its beginning: what the journal holds first, then live."""
-        created, service = self.created, self._service
-        self._recorded, self._asked = history.turns, 0
-        self._feed = Feed(history)
-        env, task, limits = service.played(created)
-        live = Live(env, history.turns, self._tell, self._sampled, self._heard, self._was_prompted(), self._took)
+        this = asyncio.current_task()
         try:
-            episode = await run_episode(
-                live,
-                task,
-                self,
-                service.codec,
-                sampling=Sampling(**created["sampling"]),
-                limits=limits,
-                identity=Identity(0, 0, task.id, history.sample),
-                seed=created["seed"],
-            )
-            await self._finish(episode)
+            end = await self._played(history)
         except asyncio.CancelledError:
             raise
-        except BadTask as error:
-            self._fail("context_length_exceeded", str(error), resume=False)
-        except NotReplayable as error:
-            self._fail("env_not_replayable", str(error), resume=False)
-        except (InfraError, ConnectionError, TimeoutError, LookupError) as error:
-            log.warning("session %s: %s", self.id, type(error).__name__)
-            self._fail(
-                "unavailable", f"{type(error).__name__}: the turn was not finished; ask for it again", resume=True
-            )
         except Exception as error:
-            log.exception("session %s failed", self.id)
-            self._fail("env_failed", f"the environment failed: {type(error).__name__}", resume=False)
+            end = self._failure(error)
+        if self._episode is this:  # or it was let go, and another one has taken its place
+            self._episode = None
+            self._rest(**end)
 
-    def _was_prompted(self) -> bool:
-        return any(event["type"] == "prompt" for event in self.journal.events)
+    async def _played(self, history: History) -> dict[str, Any]:
+        """What ends the session: `done`, with the stop reason and the reward."""
+        created, service = self.created, self._service
+        self._feed = Feed(history)
+        self._voice = voice = Voice(service, history.turns, self._tell, self._now)
+        env, task, limits = service.played(created)
+        prompted = any(event["type"] == "prompt" for event in self.journal.events)
+        live = Live(env, history.turns, self._tell, voice.sampled, self._heard, prompted, self._took)
+        episode = await run_episode(
+            live,
+            task,
+            voice,
+            service.codec,
+            sampling=Sampling(**created["sampling"]),
+            limits=limits,
+            identity=Identity(0, 0, task.id, history.sample),
+            seed=created["seed"],
+        )
+        score = await service.scored(created, episode)
+        return {"kind": "done", "stop_reason": episode.stop_reason.value, **score}
 
-    async def _finish(self, episode: Episode) -> None:
-        score = await self._service.scored(self.created, episode)
-        self._rest("done", stop_reason=episode.stop_reason.value, **score)
-        self._episode = None
-
-    def _fail(self, code: str, message: str, *, resume: bool) -> None:
-        self._service.metrics.error(code)
-        self._rest("error", code=code, message=message, resume=resume)
-        self._episode = None
-
-    # -- the agent: recorded turns, then live ones -------------------------------------------------------------------
-
-    async def act(self, token_ids: Sequence[int], sampling: Sampling, session: str) -> Completion:
-        """The policy of the episode (rl/policy.py)."""
-        k, self._asked = self._asked, self._asked + 1
-        if k < len(self._recorded):
-            turn = self._recorded[k].turn
-            return Completion(turn["token_ids"], turn["logprobs"], turn["versions"], turn["finish_reason"])
-        self._tell("turn_start", turn=k, version=self._version, seed=sampling.seed)
-        self._context = len(token_ids)
-        if self._streams:
-            self._last = await self._streamed(k, token_ids, sampling)
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """The event that an error ends a turn with. `resume`: the turn can be asked for again."""
+        name = type(error).__name__
+        if isinstance(error, BadTask):
+            code, message, resume = "context_length_exceeded", str(error), False
+        elif isinstance(error, NotReplayable):
+            code, message, resume = "env_not_replayable", str(error), False
+        elif isinstance(error, ApiError):  # what the session was made with is not here any longer
+            code, message, resume = error.code, error.message, False
+        elif isinstance(error, InfraError | ConnectionError | TimeoutError | UnknownVersion):
+            code, message, resume = "unavailable", f"{name}: the turn was not finished; ask for it again", True
+        elif isinstance(error, OSError):
+            code, message, resume = "storage_failed", _UNWRITTEN["message"], True
         else:
-            self._last = await self._service.versions.generate(token_ids, sampling, self._version)
-        return self._last
+            code, message, resume = "env_failed", f"the environment failed: {name}", False
+        if code in ("env_failed", "storage_failed"):  # without the error's text, which may be what somebody has written
+            log.error("session %s: %s\n%s", self.id, name, "".join(traceback.format_tb(error.__traceback__)))
+        self._service.metrics.error(code)
+        return {"kind": "error", "code": code, "message": message, "resume": resume}
 
-    async def _streamed(self, k: int, token_ids: Sequence[int], sampling: Sampling) -> Completion:
-        decoder = self._service.decoder()
-        async with self._service.versions.stream(token_ids, sampling, self._version) as stream:
-            async for chunk in stream:
-                ids = list(chunk.token_ids)
-                ended = bool(ids) and ids[-1] == self._service.codec.end_of_turn
-                text = decoder.add(ids[:-1] if ended else ids)
-                self._tell("tokens", turn=k, text=text, token_ids=ids, version=chunk.version)
-            return await stream.completion()
-
-    def _sampled(self, action: Action) -> dict[str, Any]:
-        """What the journal keeps of a turn, as far as the environment has let it count."""
-        count, last = len(action.token_ids), self._last
-        return {
-            "token_ids": list(action.token_ids),
-            "logprobs": [round(p, 6) for p in last.logprobs[:count]],
-            "versions": list(last.versions[:count]),
-            "finish_reason": "length" if action.truncated else "stop",
-            "context": self._context + count,
-        }
+    # -- what the episode asks of it ---------------------------------------------------------------------------------
 
     async def _heard(self, wait: bool) -> list[str]:
         """The person's words since they were last asked for: the journal's first, then those that come."""
@@ -248,22 +237,33 @@ class Session:
 
     def _tell(self, kind: str, **data: Any) -> Event:
         event = self.journal.append(kind, **data)
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        self._wake()
         return event
 
     def _rest(self, kind: str, **data: Any) -> None:
-        """The last event of a turn. Others may go on with the session from here."""
-        self._disarm()
+        """The last event of a turn. Others may go on with the session from here, also when it cannot be written."""
+        for name in list(self._timers):
+            self._disarm(name)
         if self.at_work_here:
-            self._tell(kind, **data)
-            self.at_work_here = False
-            self._lease.close()
+            try:
+                self._tell(kind, **data)
+            except OSError:
+                log.exception("session %s: its journal cannot be written", self.id)
+                self._drop()
+            finally:
+                self.at_work_here = False
+                self._lease.close()
+                self._wake()
         self._known = len(self.journal.events)
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     async def follow(self, after: int) -> AsyncGenerator[Event]:
         """Events from after a seq on, and on while a turn is under way. Who leaves early has lost the connection."""
-        self._followers += 1
+        self.followers += 1
+        self._disarm("abandoned")
         ended = False
         try:
             at = after + 1
@@ -276,11 +276,16 @@ class Session:
                 if not self.at_work:
                     ended = True
                     return
-                await self._wait(news)
+                try:
+                    await self._wait(news)
+                except OSError:  # no event can be written: this one is nowhere but here
+                    ended = True
+                    yield {**_UNWRITTEN, "seq": at - 1, "time": time.time()}
+                    return
         finally:
-            self._followers -= 1
-            if not ended and not self._followers and self.at_work_here:
-                self._arm(self._service.config.sessions.disconnect_grace_s, self._abandoned)
+            self.followers -= 1
+            if not ended and not self.followers and self.at_work_here:
+                self._arm("abandoned", self._service.config.sessions.disconnect_grace_s, self._abandoned)
 
     async def _wait(self, news: asyncio.Event) -> None:
         if self.at_work_here:
@@ -305,37 +310,55 @@ class Session:
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def _arm(self, seconds: float, ring: Any) -> None:
-        self._disarm()
-        self._ending = asyncio.get_running_loop().call_later(seconds, ring)
+    def _arm(self, name: str, seconds: float, ring: Callable[[], None]) -> None:
+        self._disarm(name)
+        self._timers[name] = asyncio.get_running_loop().call_later(seconds, ring)
 
-    def _disarm(self) -> None:
-        if self._ending is not None:
-            self._ending.cancel()
-            self._ending = None
+    def _disarm(self, name: str) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
 
     def _late(self) -> None:
         self._end("error", code="deadline_exceeded", message="the turn took longer than http.deadline_s", resume=True)
 
     def _abandoned(self) -> None:
-        if not self._followers:
+        if not self.followers:
             self._end("stopped", reason="disconnected")
 
+    def _look_for_wishes(self) -> None:
+        """What another process was asked for: that the turn be stopped, or the session deleted."""
+        if not self.journal.path.exists():
+            self.close()
+        elif self._wish.exists():
+            self._wish.unlink(missing_ok=True)
+            self._end("stopped", reason="asked")
+        else:
+            self._arm("look", _LOOK_S, self._look_for_wishes)
+
+    @property
+    def _wish(self) -> Path:
+        return self.journal.path.with_suffix(".stop")
+
     def stop(self) -> bool:
-        """End the turn under way here. Whether there was one."""
-        if not self.at_work_here:
-            return False
-        self._end("stopped", reason="asked")
-        return True
+        """End the turn under way, wherever it is played. Whether there was one."""
+        if self.at_work_here:
+            self._end("stopped", reason="asked")
+            return True
+        if self.journal.at_work:
+            self._wish.touch()
+        return self.journal.at_work
 
     def _end(self, kind: str, **data: Any) -> None:
-        if self.at_work_here:
+        """The turn is over; while the agent spoke, its episode waits, and the environment with it."""
+        if not self.at_work_here:
+            return
+        if self._voice is None or not self._voice.interrupt():
             self._drop()
-            self._rest(kind, **data)
+        self._rest(kind, **data)
 
     def _drop(self) -> None:
         """Let the episode go: the journal has all that is needed to play it again."""
-        episode, self._episode = self._episode, None
+        episode, self._episode, self._voice = self._episode, None, None
         if episode is not None:
             episode.cancel()
         self._words.clear()
@@ -345,14 +368,18 @@ class Session:
         self._drop()
 
     @property
+    def in_use(self) -> bool:
+        return self.at_work_here or self.followers > 0
+
+    @property
     def idle_s(self) -> float:
         return time.time() - self.journal.events[-1]["time"]
 
     def note(self, **feedback: Any) -> None:
         """Keep what a person thinks of a turn with the session. Raises ApiError while a turn is under way."""
-        fresh = self._known == len(self.journal.events)
         try:
             with self.journal.lease():
+                fresh = self._known == len(self.journal.events)
                 self._tell("feedback", **feedback)
         except TurnUnderWay:
             raise ApiError(409, "turn_under_way", "a turn of this session is under way: rate it afterwards") from None
@@ -361,7 +388,7 @@ class Session:
 
     def expire(self) -> None:
         """End it for good: nobody has used it for too long."""
+        self._drop()
         with contextlib.suppress(TurnUnderWay), self.journal.lease():
-            self._tell(
-                "error", code="session_expired", message="nobody has used this session for too long", resume=False
-            )
+            told = "nobody has used this session for too long"
+            self._tell("error", code="session_expired", message=told, resume=False)

@@ -3,22 +3,27 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
+from serve.ask import Ask, counted
 from serve.errors import ApiError
-from serve.journal import Event
+from serve.journal import Event, fold
 from serve.keys import Caller
+from serve.openai_routes import ClientGone, attended
 from serve.schema import FeedbackRequest, SessionRequest, TurnRequest
-from serve.session import Ask, Session
+from serve.session import Session
 
 if TYPE_CHECKING:
     from serve.service import Service
 
 _MOST = (1 << 31) - 1
+_SLACK_S = 5.0
+"""After a turn's own deadline: what it ends with is still to be told."""
 Id = Annotated[str, Path(max_length=100)]
 _SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -55,6 +60,7 @@ def router(service: "Service") -> APIRouter:
     @routes.post("/sessions", status_code=201)
     async def create_session(request: Request, asked: SessionRequest) -> JSONResponse:
         """Make a session: a task of an environment for the agent to play, or a conversation with it."""
+        await service.check_system(asked)
         return JSONResponse(sessions.create(caller_of(request), asked).shown(), 201)
 
     @routes.get("/sessions")
@@ -76,10 +82,13 @@ def router(service: "Service") -> APIRouter:
     async def play_turn(request: Request, session_id: Id, asked: TurnRequest) -> Response:
         """Say something, or let the agent go on, and see what happens: events until it is the person's turn again."""
         session = sessions.find(caller_of(request), session_id)
-        after = session.begin(Ask(asked.content, asked.retry, asked.turn, asked.stream))
+        after = await _begun(service, session, asked)
         if asked.stream:
             return _streamed(session, after)
-        events = [event async for event in session.follow(after)]
+        try:
+            events = await attended(request, _all(session, after), service.config.http.deadline_s + _SLACK_S)
+        except ClientGone:
+            return Response(status_code=499)
         headers = {"x-weight-version": str(session.version)}
         return JSONResponse({"session": session.shown(), "events": events}, headers=headers)
 
@@ -116,13 +125,8 @@ def router(service: "Service") -> APIRouter:
     async def speak(socket: WebSocket, session_id: str) -> None:
         """Send turns as JSON, get events as JSON."""
         await socket.accept()
-        try:
-            await _spoken(socket, sessions.find(caller_of(socket), session_id))
-        except ApiError as error:
-            await socket.send_json({**error.body()["error"], "type": "error"})
-            await socket.close(4404 if error.status == 404 else 4000)
-        except WebSocketDisconnect:
-            pass
+        with suppress(WebSocketDisconnect):
+            await Spoken(service, socket, session_id).listen()
 
     @routes.get("/envs")
     async def list_envs() -> JSONResponse:
@@ -146,60 +150,88 @@ def router(service: "Service") -> APIRouter:
     return routes
 
 
-async def _spoken(socket: WebSocket, session: Session) -> None:
-    """Turns until the client goes. It may go in the middle of one, which then has the same grace as over SSE."""
-    while True:
-        text = await socket.receive_text()
+async def _begun(service: "Service", session: Session, asked: TurnRequest) -> int:
+    ask = Ask(asked.content, asked.retry, asked.turn, asked.stream)
+    ask = await counted(service, session.created, fold(session.journal.events), ask)
+    return session.begin(ask)
+
+
+async def _all(session: Session, after: int) -> list[Event]:
+    return [event async for event in session.follow(after)]
+
+
+class Spoken:
+    """A session over a WebSocket: turns come in as JSON, events go out. One turn at a time."""
+
+    def __init__(self, service: "Service", socket: WebSocket, session_id: str):
+        self._service, self._socket, self._id = service, socket, session_id
+        self._turn: asyncio.Task[None] | None = None
+
+    async def listen(self) -> None:
+        """Until the client goes. It may go in the middle of a turn, which then has the same grace as over SSE."""
         try:
-            asked = TurnRequest.model_validate_json(text)
-            if not session.at_work_here:
-                session.look()
-            after = session.begin(Ask(asked.content, asked.retry, asked.turn, asked.stream))
-        except ValidationError as error:
-            first: Any = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            refused = ApiError(400, "invalid_request", f"{where}: {first['msg']}" if where else first["msg"])
-            await socket.send_json({**refused.body()["error"], "type": "error"})
-            continue
-        except ApiError as error:
-            await socket.send_json({**error.body()["error"], "type": "error"})
-            continue
-        await _told(socket, session, after)
-
-
-async def _told(socket: WebSocket, session: Session, after: int) -> None:
-    """The turn's events. A client that goes meanwhile is noticed at once, also while nothing is sent."""
-
-    async def tell() -> None:
-        events = session.follow(after)
-        try:
-            async for event in events:
-                await socket.send_json(event)
+            while True:
+                message = await self._socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                try:
+                    self._hear(message.get("text"))
+                except ApiError as error:
+                    await self._refuse(error)
         finally:
-            await events.aclose()
+            if self._turn is not None:
+                self._turn.cancel()
+                await asyncio.gather(self._turn, return_exceptions=True)
 
-    async def gone() -> None:
-        while (message := await socket.receive())["type"] != "websocket.disconnect":
-            if json_is_stop(message.get("text")):
-                session.stop()
-        raise WebSocketDisconnect(message.get("code", 1006))
+    def _hear(self, text: str | None) -> None:
+        """Begin a turn, or stop the one under way. Raises ApiError."""
+        under_way = self._turn is not None and not self._turn.done()
+        if under_way and text is not None and _is_stop(text):
+            self._find().stop()
+            return
+        asked = _turn_request(text)
+        if under_way:
+            raise ApiError(409, "turn_under_way", "a turn of this session is under way: wait for it, or stop it")
+        self._turn = asyncio.ensure_future(self._play(asked))
 
-    telling, going = asyncio.ensure_future(tell()), asyncio.ensure_future(gone())
+    def _find(self) -> Session:
+        return self._service.sessions.find(caller_of(self._socket), self._id)
+
+    async def _play(self, asked: TurnRequest) -> None:
+        try:
+            async with self._socket.scope["state"]["turn"]():
+                session = self._find()
+                events = session.follow(await _begun(self._service, session, asked))
+                try:
+                    async for event in events:
+                        await self._socket.send_json(event)
+                finally:
+                    await events.aclose()
+        except ApiError as error:
+            await self._refuse(error)
+            if error.status in (401, 404):
+                await self._socket.close(4000 + error.status)
+
+    async def _refuse(self, error: ApiError) -> None:
+        await self._socket.send_json({**error.body()["error"], "type": "error"})
+
+
+def _turn_request(text: str | None) -> TurnRequest:
+    """Raises ApiError."""
+    if text is None:
+        raise ApiError(400, "invalid_request", "send turns as text, in JSON")
     try:
-        await asyncio.wait({telling, going}, return_when=asyncio.FIRST_COMPLETED)
-        if going.done():
-            going.result()
-        telling.result()
-    finally:
-        for task in (telling, going):
-            task.cancel()
-        await asyncio.gather(telling, going, return_exceptions=True)
+        return TurnRequest.model_validate_json(text)
+    except ValidationError as error:
+        first: Any = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ApiError(400, "invalid_request", f"{where}: {first['msg']}" if where else first["msg"]) from None
 
 
-def json_is_stop(text: str | None) -> bool:
+def _is_stop(text: str) -> bool:
     """{"stop": true}, in the middle of a turn."""
     try:
-        asked = json.loads(text or "")
-    except ValueError:
+        asked = json.loads(text)
+    except (ValueError, RecursionError):
         return False
     return isinstance(asked, dict) and asked.get("stop") is True

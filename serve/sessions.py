@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -76,7 +77,8 @@ class Sessions:
             if not session.at_work_here:
                 session.look()
         except FileNotFoundError:
-            self._here.pop(path, None)
+            if (gone := self._here.pop(path, None)) is not None:
+                gone.close()
             raise _not_found(identifier) from None
         self._hold(session)
         if session.idle_s > self._service.config.sessions.idle_s and session.shown()["status"] == "waiting":
@@ -85,16 +87,22 @@ class Sessions:
 
     def mine(self, caller: Caller) -> list[dict[str, Any]]:
         """The caller's newest sessions."""
-        folder = self._folder / caller.id
-        paths = sorted(folder.glob("*.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True) if folder.is_dir() else []
-        return [self.find(caller, path.stem).shown() for path in paths[:_LISTED]]
+        dated = []
+        for path in (self._folder / caller.id).glob("*.jsonl"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                dated.append((path.stat().st_mtime, path.stem))
+        shown = []
+        for _, identifier in sorted(dated, reverse=True)[:_LISTED]:
+            with contextlib.suppress(ApiError):
+                shown.append(self.find(caller, identifier).shown())
+        return shown
 
     def delete(self, caller: Caller, identifier: str) -> None:
-        """The session and all that was kept of it is gone. A turn under way is ended."""
+        """The session and all that was kept of it is gone. A turn under way is ended, wherever it is played."""
         session = self.find(caller, identifier)
-        session.close()
         self._here.pop(session.journal.path, None)
-        session.journal.path.unlink(missing_ok=True)
+        session.journal.path.unlink(missing_ok=True)  # whoever plays it sees that it is gone
+        session.close()
         self._service.feedback.delete(identifier)
 
     @property
@@ -105,7 +113,7 @@ class Sessions:
         self._here[session.journal.path] = session
         self._here.move_to_end(session.journal.path)
         for path in list(self._here)[: max(0, len(self._here) - self._service.config.sessions.resident)]:
-            if not self._here[path].at_work_here:
+            if not self._here[path].in_use:
                 self._here.pop(path).close()
 
     async def sweep(self) -> None:
@@ -114,17 +122,18 @@ class Sessions:
         while True:
             await asyncio.sleep(_SWEEP_S)
             for path, session in list(self._here.items()):
-                if not session.at_work_here and session.idle_s > config.idle_s:
+                if not session.in_use and session.idle_s > config.idle_s:
                     self._here.pop(path).close()
             await asyncio.to_thread(self._delete_old, time.time() - config.idle_s - config.keep_s)
 
     def _delete_old(self, before: float) -> None:
+        """Journals that nobody has written to since. What was collected of a session is kept, and so its journal is:
+        with that a caller can have both deleted."""
+        collected = self._service.feedback.sessions()
         for path in self._folder.glob("*/*.jsonl"):
-            try:
-                if path.stat().st_mtime < before:
+            with contextlib.suppress(FileNotFoundError):  # another replica was faster
+                if path.stem not in collected and path.stat().st_mtime < before:
                     path.unlink()
-            except FileNotFoundError:  # another replica was faster
-                continue
 
     def close(self) -> None:
         for session in self._here.values():

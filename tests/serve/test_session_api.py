@@ -156,35 +156,43 @@ def test_a_turn_whose_process_died_is_said_to_be_over_and_is_sampled_again_the_s
     ]
 
 
-def test_an_environment_that_answers_otherwise_than_before_ends_the_session_by_name(client, server):
-    session = made(client, tools="calculator", seed=1)
-    said(client, session, "1+1")
+def _with_a_call(server, session: str, observed: str) -> None:
+    """Put a call of the calculator, and what it is said to have answered, in the place of what a session holds."""
     path = next(server.service.source.dir.glob(f"sessions/*/{session}.jsonl"))
     events = [json.loads(line) for line in path.read_text().splitlines()]
     turn = next(i for i, e in enumerate(events) if e["type"] == "turn")
     call = '<tool_call>{"name": "calculator", "arguments": {"a": 1, "op": "+", "b": 1}}</tool_call>'
-    codec = server.service.codec
-    ids = [*codec.reply({"role": "assistant", "content": call})]
-    events[turn] |= {
-        "token_ids": ids,
-        "logprobs": [0.0] * len(ids),
-        "versions": [1] * len(ids),
-        "asks": False,
-        "text": call,
-    }
-    observed = {
-        "type": "observation",
-        "turn": 0,
-        "messages": [{"role": "tool", "content": "3"}],
-        "flags": [],
-        "time": 0,
-    }
-    events = [*events[: turn + 1], observed, {"type": "waiting", "time": time.time()}]
+    ids = server.service.codec.reply({"role": "assistant", "content": call})
+    sampled = {"token_ids": ids, "logprobs": [0.0] * len(ids), "versions": [1] * len(ids)}
+    events[turn] |= {**sampled, "asks": False, "text": call}
+    messages = [{"role": "tool", "content": observed}]
+    more = [{"type": "observation", "turn": 0, "messages": messages, "flags": []}, {"type": "waiting"}]
     server.service.sessions.close()
+    events = [*events[: turn + 1], *({**e, "time": time.time()} for e in more)]
     path.write_text("".join(json.dumps({**e, "seq": i}) + "\n" for i, e in enumerate(events)))
+
+
+def test_an_environment_that_answers_otherwise_than_before_ends_the_session_by_name(client, server):
+    session = made(client, env="calculator", task={"index": 2}, seed=1)
+    said(client, session)
+    _with_a_call(server, session, observed="3")
     got = said(client, session)
     assert (got[-1]["type"], got[-1]["code"], got[-1]["resume"]) == ("error", "env_not_replayable", False)
     assert code(client.post(f"/v1/sessions/{session}/turns", json={})) == (409, "session_over")
+
+
+def test_a_tool_that_answers_otherwise_than_before_leaves_the_agent_with_what_it_was_told(client, server):
+    session = made(client, tools="calculator", seed=1, max_tokens=8)
+    said(client, session, "1+1")
+    _with_a_call(server, session, observed="3")
+    got = said(client, session)
+    assert got[-1]["type"] == "waiting"
+    turn = next(e for e in got if e["type"] == "turn")
+    codec, words = server.service.codec, {"role": "user", "content": "1+1"}
+    call = '<tool_call>{"name": "calculator", "arguments": {"a": 1, "op": "+", "b": 1}}</tool_call>'
+    context = codec.prompt([words], server.service.tools_shown("calculator")) + codec.reply({"content": call})
+    context += codec.observation([{"role": "tool", "content": "3"}])
+    assert turn["context"] == len(context) + len(turn["token_ids"])
 
 
 def test_a_stopped_turn_does_not_count_and_the_session_goes_on(client):
