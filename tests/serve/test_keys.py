@@ -171,9 +171,19 @@ def test_where_the_keys_of_a_run_are(tmp_path):
     assert keys_file(tmp_path / "run") == tmp_path / "run" / "serve" / "keys.json"
     assert keys_file(tmp_path / "served") == tmp_path / "served" / "keys.json"
     assert keys_file(tmp_path / "mine.json") == tmp_path / "mine.json"
-    create_key(tmp_path / "new" / "server")
-    (key,) = list_keys(tmp_path / "new" / "server")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").touch()  # its first checkpoint is to come
+    create_key(tmp_path / "begun")
+    (key,) = list_keys(tmp_path / "begun" / "serve")
     assert key.name == key.id
+
+
+@pytest.mark.parametrize("name", ["quikstart", "new/keys.json"])
+def test_keys_for_what_is_not_there_are_refused(tmp_path, name):
+    """They would protect nothing, and nobody would hear of it."""
+    with pytest.raises(ConfigError, match="no such folder"):
+        create_key(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_keys_made_at_the_same_time_are_all_kept(tmp_path):

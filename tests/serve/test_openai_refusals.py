@@ -256,14 +256,6 @@ def test_an_engine_that_has_died(client, play):
     assert dead.value.code == "unavailable"
 
 
-def test_a_version_that_this_replica_is_still_to_hear_of(client, server, play, monkeypatch):
-    """A release that was promoted a moment ago: who names no version is answered with the one that is there."""
-    played = play("12")
-    monkeypatch.setattr(server.service, "version_of", lambda model, key: 9)
-    assert chat(client).weight_version == 1
-    assert [version for _, version in played.asked] == [1]
-
-
 def test_the_schema_says_what_is_refused(server):
     with server.client() as client:
         paths = client.get("/openapi.json").json()["paths"]

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve as ray_serve
+from ray.serve._private.http_util import parse_session_id_header
 from ray.serve.config import HTTPOptions
 from websockets.asyncio.client import connect as ws_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -352,6 +353,33 @@ async def test_each_plain_answer_of_serve_is_named(status, headers, expected):
     assert (start["status"], code, told.get(b"retry-after")) == expected
     assert told[b"content-type"] == b"application/json" and len(told[b"x-request-id"]) == 32
     assert [m.get("body") for m in await guarded(app, "/-/routes")][1] == b"Internal details"  # Serve's own paths
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("path", "sent", "expected"),
+    [
+        ("/v1/sessions/ab-1/turns", None, "ab-1"),
+        ("/v1/sessions/ab-1", "another", "ab-1"),
+        ("/v1/sessions", "mine", "mine"),
+        ("/v1/chat/completions", None, ""),
+        ("/v1/sessions/a b\n/turns", None, ""),
+    ],
+)
+async def test_serves_router_hears_which_session_a_path_is_about(kind, path, sent, expected):
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+        await send({"type": "websocket.close"} if kind == "websocket" else {"type": "http.response.body"})
+
+    async def nothing(*_: Any) -> Any:
+        return {"type": "http.disconnect"}
+
+    headers = [(b"host", b"h")] + ([(b"X_Session_Id", sent.encode())] if sent else [])
+    await ProxyGuard(app, 10, 1.0)({"type": kind, "method": "GET", "path": path, "headers": headers}, nothing, nothing)
+    assert parse_session_id_header(dict(seen[0]["headers"])) == expected
+    assert (b"host", b"h") in seen[0]["headers"]
 
 
 if __name__ == "__main__":

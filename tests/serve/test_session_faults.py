@@ -254,3 +254,39 @@ def test_old_journals_are_swept_but_for_those_whose_data_was_collected(client, s
     assert not path_of(server, swept).exists()
     assert client.delete(f"/v1/sessions/{kept}").status_code == 204
     assert kept not in server.service.feedback.sessions()
+
+
+def test_nobody_is_refused_while_versions_are_promoted(client, server):
+    """Not in the moment before the replica has heard of it, either."""
+    book, seen = server.service.book, set()
+    deadline = time.monotonic() + 60
+    while 2 not in server.service.versions.known and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        for version in (2, 1, 2):
+            book.promote(version)
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until:
+                got = said(client, made(client, max_tokens=2), "hello", stream=False)
+                assert got[-1]["type"] == "waiting", got[-1]
+                seen |= {v for e in got if e["type"] == "turn" for v in e["versions"]}
+            assert seen >= {version}
+    finally:
+        book.promote(1)
+    assert seen == {1, 2}
+    deadline = time.monotonic() + 10
+    while server.service.releases.stable != 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_a_book_that_cannot_be_read_changes_nothing(client, server):
+    file = server.service.book.folder / "releases.json"
+    text = file.read_text()
+    try:
+        for broken in ("{", None):
+            file.unlink() if broken is None else file.write_text(broken)
+            time.sleep(0.7)
+            assert said(client, made(client, max_tokens=2), "hello", stream=False)[-1]["type"] == "waiting"
+            assert client.get("/v1/models").status_code == client.get("/health").status_code == 200
+    finally:
+        file.write_text(text)
