@@ -119,7 +119,8 @@ class RolloutWorker(AsyncRole):
         async with self._work("encode_rows"):
             # In a thread: the event loop answers for the worker's health.
             if isinstance(stage, PairStage):
-                pairs = await asyncio.to_thread(encode_pairs, path, self._codec, length)
+                unpaired = stage.objective == "kto"
+                pairs = await asyncio.to_thread(encode_pairs, path, self._codec, length, unpaired=unpaired)
                 examples = completed(pairs, stage, length)
             else:
                 examples = await asyncio.to_thread(encode_rows, path, self._codec, length)

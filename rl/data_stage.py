@@ -156,13 +156,13 @@ def completed(examples: Sequence[Example], stage: ExampleStage, max_length: int)
 def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     """Each pair with its prompt answered by the next other prompt's episode, chosen and rejected ones in turn: what KTO
     estimates its KL on. A pair without another prompt, or whose strange answer would be too long, is left as it is."""
-    prompts = [e.trajectories[0].tokens[e.trajectories[0].turn < 0] for e in examples]
+    prompts = [[t.tokens[t.turn < 0] for t in e.trajectories] for e in examples]  # KTO's two may differ in theirs
     out = list(examples)
     for i, example in enumerate(examples):
-        later = [(i + k) % len(examples) for k in range(1, len(examples))]
-        other = next((j for j in later if not np.array_equal(prompts[i], prompts[j])), None)
+        own, later = prompts[i][0], [(i + k) % len(examples) for k in range(1, len(examples))]
+        other = next((j for j in later if not np.array_equal(own, prompts[j][i % 2])), None)
         if other is not None:
-            strange = with_prompt(examples[other].trajectories[i % 2], prompts[i])
+            strange = with_prompt(examples[other].trajectories[i % 2], own)
             if len(strange) > max_length:
                 continue
             out[i] = replace(example, trajectories=(*example.trajectories, strange), labels=(*example.labels, 0.0))

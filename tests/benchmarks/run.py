@@ -2,7 +2,7 @@
 
 Each measurement is a process of its own, one after the other; the noisy machine is the same for both sides of a ratio.
     python tests/benchmarks/run.py [quickstart] [smollm2] [trl] [learner] [async] [overhead] [sticky] [changes]
-        [sandbox]
+        [sandbox] [serving]
 """
 
 import json
@@ -178,6 +178,47 @@ def sandbox_rows() -> list[Row]:
     ]
 
 
+def serving_rows(root: Path) -> list[Row]:
+    """A server against the bare engine on the same conversations, 64 at once; and while versions change."""
+    run = ROOT / "runs" / "quickstart"
+    if not (run / "checkpoints" / "latest").exists():
+        run = train("quickstart", root, *SHORT)
+    told = script("serving.py", str(run))
+    updates, rows = told.pop("updates"), []
+    floors = {"short turns, sessions": 0.2, "short turns, chat": 0.2, "64-token turns": 0.5, "smollm2, streamed": 0.5}
+    for name, floor in floors.items():
+        served, bare = told[name]["served"], told[name]["bare"]
+        ratio = median_ratio([s["tokens_per_s"] for s in served], [b["tokens_per_s"] for b in bare])
+        rows += [
+            (f"{name}: tokens/s of the server", median(s["tokens_per_s"] for s in served), ""),
+            (f"{name}: tokens/s of the bare engine", median(b["tokens_per_s"] for b in bare), ""),
+            (f"{name}: server / bare", ratio, f">= {floor}"),
+            (f"{name}: requests/s", median(s["requests_per_s"] for s in served), ""),
+            (f"{name}: latency, p99, s", median(s["latency_s"]["p99"] for s in served), ""),
+            (f"{name}: share of a core that the client takes", median(s["client_cpu"] for s in served), ""),
+            (f"{name}: errors, lost and crossed", sum(map(wrong, served)), "<= 0"),
+        ]
+    streamed = told["smollm2, streamed"]
+    first = [(s["first_token_s"]["p50"], b["first_token_s"]) for s, b in zip(*streamed.values(), strict=True)]
+    changed, steady = updates["updated"], updates["steady"]
+    return [
+        *rows,
+        ("smollm2, streamed: time to first token, p50, s", median(s for s, _ in first), ""),
+        ("smollm2, streamed: the same, server / bare", median(s / b for s, b in first), ""),
+        *(
+            (f"smollm2, streamed: s between chunks, {q}", median(s["between_s"][q] for s in streamed["served"]), bound)
+            for q, bound in (("p50", "<= 0.25"), ("p99", ""), ("max", ""))
+        ),
+        ("update every 5 s: versions that answered", len(changed["versions"]), ">= 2"),
+        ("update every 5 s: errors, lost and crossed", wrong(changed), "<= 0"),
+        ("update every 5 s: tokens/s, of those without", changed["tokens_per_s"] / steady["tokens_per_s"], ""),
+    ]  # fmt: skip
+
+
+def wrong(load: dict[str, Any]) -> float:
+    return sum(load["errors"].values()) + len(load["lost"]) + len(load["crossed"])
+
+
 def sticky_rows() -> list[Row]:
     """Sessions of many turns on two generators: each on its own, and each turn on any."""
     told = script("sticky.py")
@@ -216,6 +257,7 @@ def holds(figure: float, bound: str) -> bool | None:
 def main() -> None:
     wanted = sys.argv[1:] or [
         "quickstart", "smollm2", "trl", "learner", "async", "overhead", "sticky", "changes", "sandbox",
+        "serving",
     ]  # fmt: skip
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -239,6 +281,8 @@ def main() -> None:
             rows += changes_rows(Path(folder) / "c")
         if "sandbox" in wanted:
             rows += sandbox_rows()
+        if "serving" in wanted:
+            rows += serving_rows(Path(folder) / "v")
     table = Table("figure", "measured", "bound", "")
     for what, figure, bound in rows:
         table.add_row(what, f"{figure:.3g}", bound, {True: "✓", False: "✗", None: ""}[holds(figure, bound)])

@@ -350,6 +350,16 @@ def test_every_pair_gets_an_answer_to_another_prompt(pair, replies):
         assert np.array_equal(getattr(strange, name)[strange.turn >= 0], getattr(source, name)[source.turn >= 0])
 
 
+def test_two_that_were_judged_alone_lend_the_one_whose_prompt_is_another(pair, replies):
+    """KTO's chosen and rejected may answer different questions."""
+    first, second, third = pair("1+1", "a", "b"), pair("2+2", "c", "d"), pair("3+3", "e", "f")
+    crossed = [
+        replace(x, trajectories=(x.trajectories[0], y.trajectories[1]))
+        for x, y in ((first, third), (second, first), (third, second))
+    ]
+    assert [replies(e)[2] for e in with_mismatched(crossed, 320)] == ["c", "f", "a"]
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_single_prompt_is_left_as_it_is(pair, count):
     given = [pair("1+1", f"{i}", "no") for i in range(count)]

@@ -179,6 +179,83 @@ def test_a_pair_with_one_side_is_named_with_what_is_wanted(tmp_path, codec, miss
         encode_pairs(str(tmp_path / "pairs.jsonl"), codec, 500)
 
 
+def test_a_folder_holds_the_rows_of_all_its_files(tmp_path, codec):
+    """As a server's feedback does: a file a session. Other files, and what is still being written, are passed over."""
+    pairs = [{"chosen": talk(str(i)), "rejected": talk("no")} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist([{k: json.dumps(v) for k, v in pairs[0].items()}]), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, pairs[1:])))
+    (tmp_path / "c.partial").write_text("{")
+    found = encode_pairs(str(tmp_path), codec, 500)
+    assert [codec.text(p.trajectories[0].tokens[p.trajectories[0].loss_mask]) for p in found] == ["0", "1", "2"]
+    assert [number for number, _ in read_rows(str(tmp_path))] == [1, 1, 2]
+    (tmp_path / "b.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"b\.jsonl: row 1: not an example with `chosen` and `rejected`"):
+        encode_pairs(str(tmp_path), codec, 500)
+
+
+def test_a_folder_or_a_table_without_rows_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("{}")
+    with pytest.raises(ValueError, match=r"no \*\.parquet or \*\.jsonl in this folder"):
+        read_rows(str(tmp_path))
+    pq.write_table(pa.Table.from_pylist([], schema=pa.schema([("chosen", pa.string())])), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no rows"):
+        read_rows(str(tmp_path))
+
+
+def test_tools_may_be_json_in_a_string(tmp_path, codec):
+    """A table has one type a column, and would fill one schema's fields into another's."""
+    row = {"messages": json.dumps(talk("2")), "tools": json.dumps([TOOL])}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    (example,) = encode_rows(str(tmp_path / "rows.parquet"), codec, 500)
+    assert example.trajectories[0].tokens.tolist() == encode_messages(codec, talk("2"), [TOOL]).tokens.tolist()
+
+
+def judged(path, *labelled):
+    path.write_text("\n".join(json.dumps({"messages": talk(said), "label": label}) for said, label in labelled))
+    return str(path)
+
+
+def test_kto_takes_conversations_that_were_judged_alone(tmp_path, codec):
+    """One of either label in the place of a pair; of which there are fewer, they come again."""
+    path = judged(tmp_path / "rows.jsonl", ("a", 1), ("b", -1), ("c", 1), ("d", 1), ("e", -0.5))
+    pairs = encode_pairs(path, codec, 500, unpaired=True)
+    said = [[codec.text(t.tokens[t.loss_mask]) for t in pair.trajectories] for pair in pairs]
+    assert said == [["a", "b"], ["c", "e"], ["d", "b"]]
+    assert {pair.labels for pair in pairs} == {(1.0, -1.0)}
+    with pytest.raises(ValueError, match="`chosen` and `rejected`"):
+        encode_pairs(path, codec, 500)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [((1, 1), "2 rows have a label above 0 and 0 one below"), ((1, 0), "and not 0"), ((1, "-"), "and not '-'")],
+)
+def test_judgements_that_kto_cannot_use_are_named(tmp_path, codec, labels, says):
+    path = judged(tmp_path / "rows.jsonl", *(("a", label) for label in labels))
+    with pytest.raises(ValueError, match=says):
+        encode_pairs(path, codec, 500, unpaired=True)
+
+
+def test_a_message_counts_by_the_tokens_that_were_sampled_for_it(codec):
+    """A text has many encodings, and the model saw one. Of another text, or another tokenizer, they say nothing."""
+    question, end = talk("")[:1], codec.end_of_turn
+    letters = [codec.reply({"content": c})[0] for c in "calculator"]
+    assert codec.reply({"content": "calculator"}) != [*letters, end]
+
+    def encoded(content, ids):
+        said = {"role": "assistant", "content": content, "token_ids": ids}
+        return encode_messages(codec, [*question, said, *talk("2")])
+
+    prompt = codec.prompt(question)
+    for ids, supplied in (([*letters, end], 0), (letters, 1)):
+        t = encoded("calculator", ids)
+        assert t.tokens[len(prompt) : len(prompt) + 11].tolist() == [*letters, end]
+        assert int(t.loss_mask[t.turn == 0].sum()) == 11 - supplied
+    plain = encode_messages(codec, [*question, {"role": "assistant", "content": "calculator"}, *talk("2")])
+    for ids in ([*letters[:-1], end], [10**6], []):
+        assert encoded("calculator", ids).tokens.tolist() == plain.tokens.tolist()
+
+
 @pytest.mark.parametrize(("batch", "count"), [(4, 12), (5, 12), (16, 12), (12, 12), (1, 3)])
 def test_an_epoch_draws_every_demonstration_once(batch, count):
     """Also where a batch reaches into the next epoch, or is larger than one."""
