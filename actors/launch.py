@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,11 @@ def _start_controller(config: Config, folder: Path, device: str, resume: bool, b
     return controller, controller.run.remote()
 
 
-def connect() -> None:
-    """Attach to RAY_ADDRESS, or start a cluster of our own."""
+def connect(variables: Mapping[str, str] | None = None) -> None:
+    """Attach to RAY_ADDRESS, or start a cluster of our own.
+
+    variables: for the environment of the job's processes on a cluster that has its own; one of ours has this process's.
+    """
     import ray
 
     if ray.is_initialized():
@@ -171,7 +175,7 @@ def connect() -> None:
         reachable = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
         if reachable:  # Ray itself tries for minutes
             socket.create_connection((reachable[1], int(reachable[2])), timeout=5).close()
-        ray.init(**common)
+        ray.init(**common, runtime_env={"env_vars": dict(variables)} if variables else None)
     else:
         # Ray runs workers at niceness 15, where whatever else the machine does stalls every barrier between threads.
         ray.init(address="local", include_dashboard=False, _system_config={"worker_niceness": 0}, **common)

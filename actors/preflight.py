@@ -117,7 +117,7 @@ def check_world(config: Config) -> None:
             if stage.data_stage and stage.data_stage not in BUILT_IN:
                 load_object(stage.data_stage)
             if isinstance(stage, PairStage) and stage.pairs.path:
-                read_rows(stage.pairs.path)
+                check_pairs(index, stage, stage.pairs.path)
             shows = isinstance(world.source, Demonstrator)
             if isinstance(stage, PairStage) and stage.pairs.rule == "demonstration" and stage.sample and not shows:
                 raise ConfigError(
@@ -137,6 +137,22 @@ def check_world(config: Config) -> None:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_pairs(index: int, stage: PairStage, path: str) -> None:
+    """Raises ConfigError when a file or folder has fewer pairs than a step takes."""
+    from rl.demonstration import read_rows
+
+    rows = [row for _, row in read_rows(path)]
+    count, what = len(rows), "pairs"
+    if stage.objective == "kto" and "label" in rows[0]:
+        above = sum(isinstance(row.get("label"), int | float) and row["label"] > 0 for row in rows)
+        count, what = max(above, count - above), "ratings of one kind"
+    if count < stage.batch_size:
+        raise ConfigError(
+            f"stages[{index}].pairs.path: {path} has {count} {what}, and stages[{index}].batch_size is "
+            f"{stage.batch_size}: lower that to at most {count}, or collect more"
+        )
 
 
 def check_disk(config: Config, size: Size) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,8 @@ from rl import checkpoint
 from rl.config_file import ConfigError
 
 _KEPT = ("owner.lock", "writer.lock", "stop")
+_OF_PEOPLE = ("keys.json", "feedback")
+"""What a server of the run has in serve/ from people: no run could make it again."""
 _ANSWERED = ("stop", "status.json", "scale.json", "scaled.json")
 _PROBED_S = 1.0
 """Who asks whether a folder is owned holds its lock for a moment."""
@@ -38,8 +40,10 @@ _POLL_S = 0.5
 def owning(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Make the run's folder, or take it over, and be its only trainer inside the block.
 
-    resume: leave what is in it; overwrite: or else delete it. Raises ConfigError when another process owns it, and when
-    something is in it that is to be neither kept nor deleted.
+    resume: leave what is in it; overwrite: or else delete it, but for the keys and the feedback in serve/. Releases and
+    sessions go: they name versions, whose numbers begin anew.
+
+    Raises ConfigError when another process owns it, and when something is in it that is to be neither kept nor deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "owner.lock").open("a+") as file:
@@ -56,8 +60,24 @@ def owning(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
                 raise ConfigError(f"the run folder {folder} exists: choose another run.name, or go on with --resume")
             with lock_for_writing(folder):
                 for path in found:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    if path.name == "serve" and path.is_dir():
+                        _clear(path, _OF_PEOPLE)
+                    else:
+                        _delete(path)
         yield
+
+
+def _clear(folder: Path, kept: Collection[str]) -> None:
+    """Delete what is in a folder, but for this; and the folder where nothing is left in it."""
+    for path in list(folder.iterdir()):
+        if path.name not in kept:
+            _delete(path)
+    if not any(folder.iterdir()):
+        _delete(folder)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def refuse_owned(folder: Path) -> None:

@@ -49,7 +49,9 @@ def serve(
     """Serve a trained agent: a page to talk to it, OpenAI's API, and sessions that play its environment.
 
     Example:  repertory serve runs/quickstart
+
               repertory serve runs/quickstart --follow replicas=2
+
               repertory serve configs/serve/quickstart.yaml http.port=9000
 
     Starts a Ray of its own, or attaches to the cluster at RAY_ADDRESS. Ctrl-C and SIGTERM let what is under way finish.
@@ -84,6 +86,7 @@ def promote(
     """Answer with a version from now on; a server that runs takes it within a second, and drops nothing.
 
     Example:  repertory release promote runs/quickstart latest
+
               repertory release promote runs/quickstart 37 --canary 0.1
     """
     from serve.release_command import promote as change
@@ -165,6 +168,7 @@ def bench_serve(
     """Put a server under load, and say what came of it: throughput, latency percentiles, errors, versions seen.
 
     Example:  repertory bench-serve http://localhost:8000 --stream
+
               repertory bench-serve http://localhost:8000 --sessions --env calculator --duration 60
     """
     from serve.bench import run_bench

@@ -179,6 +179,11 @@ class Engine:
     def load_in_flight(self) -> int:
         return len(self._running) + len(self._held)
 
+    @property
+    def waiting(self) -> int:
+        """Of those, what is not sampled yet: held back for a swap, or beyond max_sequences."""
+        return len(self._held) + max(0, len(self._running) - self._options.max_sequences)
+
     def close(self) -> None:
         self._commands.put(("close", None))
         self._thread.join(timeout=30)

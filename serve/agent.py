@@ -28,5 +28,8 @@ class Agent:
         if why is not None:
             raise RuntimeError(why)
 
-    async def close(self) -> None:
-        await self.service.close()
+    async def __del__(self) -> None:
+        """What Serve calls, and awaits, once nothing is under way: sandboxes, graders and the engine end in order."""
+        service = getattr(self, "service", None)  # none where it did not start
+        if service is not None:
+            await service.close()

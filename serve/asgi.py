@@ -1,13 +1,21 @@
-"""What the replica's and the proxy's middleware both do in bare ASGI messages: read a body in bounds, and refuse."""
+"""What the replica's and the proxy's middleware do in bare ASGI messages: receive and send in bounds, and refuse."""
 
 import asyncio
 import json
+from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
 
 from serve.errors import ApiError
 
 Headers = list[tuple[bytes, bytes]]
+_PIECE = 1 << 15
+_TIME_TO_END_S = 1.0
+_GOING_AWAY, _TOO_BIG = 1001, 1009
+
+
+class StreamClosed(OSError):
+    """Nothing more can be sent. An OSError, since that is how an ASGI server says that its client has left."""
 
 
 def has_body(scope: Scope) -> bool:
@@ -48,6 +56,105 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: f
         return await receive()
 
     return replay
+
+
+class Client:
+    """Who asks, through a server's `receive` and `send`: one that has stopped reading has left.
+
+    `send` waits while tens of kilobytes are unread, and goes on when most of them have been read. So a client that
+    reads slowly is waited for at every message anew, and a large body, which would be one message, is sent in pieces.
+    When nothing goes on for `timeout_s`, the client has left as far as an application can see: `receive` says so, and
+    an application that listens ends by itself. For one that does not, `send` soon raises StreamClosed.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, timeout_s: float):
+        self._receive, self._send, self._timeout_s = receive, send, timeout_s
+        self._left: Message = {"type": f"{scope['type']}.disconnect", "code": 1006}
+        self._left_at: float | None = None
+        self._waiting: asyncio.Timeout | None = None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it has stopped reading."""
+        return self._left_at is not None
+
+    async def receive(self) -> Message:
+        if self.stalled:
+            return self._left
+        try:
+            async with asyncio.timeout(None) as self._waiting:
+                return await self._receive()
+        except TimeoutError:
+            return self._left
+        finally:
+            self._waiting = None
+
+    async def send(self, message: Message) -> None:
+        now = asyncio.get_running_loop().time
+        if self._left_at is not None:
+            if now() > self._left_at + _TIME_TO_END_S:
+                raise StreamClosed
+            return await asyncio.sleep(0)
+        for piece in _pieces(message):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._send(piece)
+            except TimeoutError:
+                self._left_at = now()
+                if self._waiting is not None and not self._waiting.expired():
+                    self._waiting.reschedule(self._left_at)
+                return  # a generator that is then cancelled where it waits is closed at once; here, when collected
+
+
+def _pieces(message: Message) -> list[Message]:
+    body = message.get("body", b"")
+    if message["type"] != "http.response.body" or len(body) <= _PIECE:
+        return [message]
+    cuts = range(0, len(body), _PIECE)
+    pieces: list[Message] = [{**message, "body": body[at : at + _PIECE], "more_body": True} for at in cuts]
+    pieces[-1]["more_body"] = message.get("more_body", False)
+    return pieces
+
+
+class BoundedSocket:
+    """A WebSocket that is closed when no message passes for `idle_s`, and when a client's is larger than allowed."""
+
+    def __init__(self, receive: Receive, send: Send, max_bytes: int, idle_s: float):
+        self._receive, self._send, self._max_bytes, self._idle_s = receive, send, max_bytes, idle_s
+        self._waiting: asyncio.Timeout | None = None
+        self._ended: int | None = None
+
+    async def receive(self) -> Message:
+        if self._ended is not None:
+            return {"type": "websocket.disconnect", "code": self._ended}
+        try:
+            async with asyncio.timeout(self._idle_s) as self._waiting:
+                message = await self._receive()
+        except TimeoutError:
+            return await self._end(_GOING_AWAY, "idle")
+        finally:
+            self._waiting = None
+        if message["type"] == "websocket.receive" and _size(message) > self._max_bytes:
+            return await self._end(_TOO_BIG, "message_too_large")
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self._ended is not None:
+            raise StreamClosed
+        await self._send(message)
+        if self._waiting is not None and not self._waiting.expired():
+            self._waiting.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+
+    async def _end(self, code: int, reason: str) -> Message:
+        self._ended = code
+        with suppress(OSError):
+            await self._send({"type": "websocket.close", "code": code, "reason": reason})
+        return {"type": "websocket.disconnect", "code": code, "reason": reason}
+
+
+def _size(message: Message) -> int:
+    text = message.get("text")
+    return len(message.get("bytes") or b"") if text is None else len(text.encode("utf-8", "surrogatepass"))
 
 
 async def refuse(scope: Scope, send: Send, error: ApiError) -> None:

@@ -45,7 +45,7 @@ class HttpConfig(Strict):
     """Origins of other sites whose pages may call. Default: none."""
     max_body_bytes: PositiveInt = 1 << 20
     body_timeout_s: PositiveFloat = 20.0
-    """How long a client may take to send a request's body."""
+    """How long a client may take to send a request's body, and how long it may read nothing of its answer."""
     deadline_s: PositiveFloat = 600.0
     """Of one request, or one turn of a session."""
 
@@ -58,6 +58,9 @@ class LimitsConfig(Strict):
     requests_per_minute: PositiveInt | None = None
     """Of one key."""
     in_flight_per_key: PositiveInt | None = None
+    sockets: PositiveInt = 256
+    """WebSockets open at a time, from all keys. One takes of `in_flight` only while a turn is under way."""
+    sockets_per_key: PositiveInt = 64
     max_tokens: PositiveInt = 4096
     """The largest max_tokens of a turn that a client may ask for."""
 
@@ -69,6 +72,11 @@ class KeysConfig(Strict):
     """Hashes made by `repertory keys create`. Default: keys.json in the server's folder."""
     variable: str = "REPERTORY_API_KEYS"
     """An environment variable with keys as they are, separated by commas."""
+    digests: tuple[str, ...] = ()
+    """Not for users: SHA-256 of the keys in the environment of the process that deploys, for its replicas."""
+    required: bool = False
+    """Not for users: that process has keys. A replica lets nobody in without one, also when its own environment and
+    the file have none; and its environment, which may be that of an older cluster, gives none."""
 
 
 class SessionsConfig(Strict):

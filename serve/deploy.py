@@ -11,7 +11,7 @@ from actors.placement import inherited
 from actors.role import bound_threads
 from rl.config_file import ConfigError
 from serve.config import ServeConfig
-from serve.keys import KeyRing, refuse_public
+from serve.keys import KeyRing, handed_on, refuse_public
 from serve.resolve import resolve, source_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 APPLICATION = "repertory"
 _SLACK = 64
 """Requests beyond those that generate: of health, models, pages, and what is refused."""
-_GRACE_S = 30.0
+_LONGEST_GRACE_S = 120.0
+"""As RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S of k8s/."""
 
 
 def app(args: dict[str, Any]) -> "Application":
@@ -36,8 +37,9 @@ def app(args: dict[str, Any]) -> "Application":
         for key, value in (args.get("set") or {}).items()
     ]
     config = resolve(str(args["what"]), overrides)
-    refuse_public(_listens_on(config), KeyRing.of(config.keys, source_of(config).dir))
-    return application(config)
+    keys = KeyRing.of(config.keys, source_of(config).dir)
+    refuse_public(_listens_on(config), keys)
+    return application(handed_on(config, keys))
 
 
 def _listens_on(config: ServeConfig) -> str:
@@ -47,6 +49,11 @@ def _listens_on(config: ServeConfig) -> str:
     client = _get_global_client(raise_if_no_controller_running=False)
     found = client.http_config.host if client is not None else None
     return found or config.http.host
+
+
+def grace_s(config: ServeConfig) -> float:
+    """What is under way in a replica that is to end has so long to finish."""
+    return min(config.http.deadline_s, _LONGEST_GRACE_S)
 
 
 def application(config: ServeConfig) -> "Application":
@@ -66,15 +73,15 @@ def application(config: ServeConfig) -> "Application":
             )
         }
     several = config.replicas > 1 or config.autoscale is not None
-    # A session's turns come to the replica that holds it, where the client says which session it is (x-session-id).
+    # A session's turns come to the replica that holds it: the proxy's guard says which session a path is about.
     router: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
     sticky: dict[str, Any] = {"request_router_config": RequestRouterConfig(request_router_class=router)}
     agent: Any = ray_serve.deployment(
         name="Agent",
-        max_ongoing_requests=config.limits.in_flight + _SLACK,
+        max_ongoing_requests=config.limits.in_flight + config.limits.sockets + _SLACK,  # Serve counts idle sockets
         max_queued_requests=config.limits.in_flight,
         health_check_period_s=5,
-        graceful_shutdown_timeout_s=_GRACE_S,
+        graceful_shutdown_timeout_s=grace_s(config),
         ray_actor_options={
             "num_cpus": e.cpus,
             "num_gpus": e.gpus * e.tensor_parallel,

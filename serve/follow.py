@@ -16,7 +16,7 @@ from serve.config import ServeConfig
 from serve.release import Release
 from serve.release_files import Origin, checkpoints, held_out, success_of
 from serve.releases import Book
-from serve.resolve import source_of
+from serve.resolve import followed, source_of
 from serve.store_release import ask, find_store, write_version
 
 log = logging.getLogger("repertory.serve")
@@ -169,10 +169,8 @@ class FollowerDeployment:
 def follower_of(config: ServeConfig) -> Follower:
     """Raises ConfigError when what is served comes from no run."""
     source = source_of(config)
-    if source.run is None:
-        raise ConfigError(f"follow.source: {config.model} is of no run that could be followed. Name a run's folder")
-    trained = source.trained
+    run, trained = followed(config, source), source.trained
     generator = trained.generator.model_copy(update={"dtype": config.engine.dtype or trained.generator_dtype})
     bound = trained.model_copy(update={"generator": generator}).probe_bound
     book = Book(source.dir, config.versions.keep)
-    return Follower(source.run, book, poll_s=config.follow.poll_s, gate=config.follow.gate, probe_bound=bound)
+    return Follower(run, book, poll_s=config.follow.poll_s, gate=config.follow.gate, probe_bound=bound)

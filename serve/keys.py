@@ -14,13 +14,13 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rl.config_file import ConfigError
-from serve.config import KeysConfig
+from serve.config import KeysConfig, ServeConfig
 from serve.errors import ApiError
 
 _log = logging.getLogger("repertory.serve")
@@ -86,12 +86,20 @@ def changing_keys(file: Path) -> Iterator[list[Key]]:
 class KeyRing:
     """The keys that let callers in: those of a file, read again when it changes, and those of the environment.
 
-    Without any, everybody is anonymous. A file in which none is valid lets nobody in, and neither does one that has
-    been there and is gone, or cannot be read: what protects must not open by a mistake.
+    Without any, everybody is anonymous, unless keys are required. A file in which none is valid lets nobody in, and
+    neither does one that has been there and is gone, or cannot be read: what protects must not open by a mistake.
     """
 
-    def __init__(self, file: Path | None, variable: str = "", clock: Callable[[], float] = time.monotonic):
-        """variable: of the environment, with keys as they are, separated by commas.
+    def __init__(
+        self,
+        file: Path | None,
+        variable: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        digests: Sequence[str] = (),
+        required: bool = False,
+    ):
+        """variable: of the environment, with keys as they are, separated by commas. digests: of more such keys.
 
         Raises ConfigError for a file or a variable that holds something else.
         """
@@ -99,10 +107,12 @@ class KeyRing:
         given = [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
         if any(len(part) < _LEAST_LENGTH for part in given):
             raise ConfigError(f"{variable}: a key has fewer than {_LEAST_LENGTH} characters, and could be guessed")
-        self._given = [(_digest(part), Caller(f"env-{_digest(part)[:8]}", variable)) for part in given]
+        self.digests = tuple(dict.fromkeys([*digests, *map(_digest, given)]))
+        """Of the keys that are in no file."""
+        self._given = [(digest, Caller(f"env-{digest[:8]}", variable or "environment")) for digest in self.digests]
         self._filed: list[tuple[str, Caller | None]] = []
         self._seen: tuple[int, int, int] | None = None
-        self._protects = bool(self._given)
+        self._protects = required or bool(self._given)
         self._look_at = clock()
         if file is not None and file.exists():
             read_keys(file)  # raises
@@ -111,7 +121,9 @@ class KeyRing:
     @staticmethod
     def of(config: KeysConfig, folder: Path) -> "KeyRing":
         """folder: the server's."""
-        return KeyRing(Path(config.file) if config.file else folder / "keys.json", config.variable)
+        file = Path(config.file) if config.file else folder / "keys.json"
+        variable = "" if config.required else config.variable
+        return KeyRing(file, variable, digests=config.digests, required=config.required)
 
     @property
     def needed(self) -> bool:
@@ -174,6 +186,15 @@ def refuse_public(host: str, keys: KeyRing) -> None:
             f"http.host: {host} can be reached from other machines, and there is no API key. Make one with "
             "`repertory keys create`, or listen on 127.0.0.1"
         )
+
+
+def handed_on(config: ServeConfig, ring: KeyRing) -> ServeConfig:
+    """The configuration for replicas, which let in whom the ring of this process lets in, whatever they find.
+
+    A replica's environment is that of its cluster, and a file may be gone when it starts again.
+    """
+    keys = config.keys.model_copy(update={"digests": ring.digests, "required": ring.needed})
+    return config.model_copy(update={"keys": keys})
 
 
 def _digest(text: str) -> str:

@@ -16,7 +16,12 @@ def keys_file(place: Path) -> Path:
     """Of a run's folder, a server's folder, or a file of keys."""
     if place.suffix == ".json":
         return place
-    return (place / "serve" if (place / "checkpoints").is_dir() else place) / "keys.json"
+    return (place / "serve" if _is_run(place) else place) / "keys.json"
+
+
+def _is_run(place: Path) -> bool:
+    """Also before its first checkpoint."""
+    return (place / "checkpoints").is_dir() or (place / "config.yaml").is_file()
 
 
 def create_key(place: Path, name: str = "") -> str:
@@ -25,6 +30,9 @@ def create_key(place: Path, name: str = "") -> str:
         raise ConfigError(f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes and underscores")
     if place.is_file() and place.suffix != ".json":
         raise ConfigError(f"{place} is a file: name a run's folder, or a server's")
+    folder = place.parent if place.suffix == ".json" else place
+    if not folder.is_dir():  # keys that no server reads would protect nothing
+        raise ConfigError(f"{folder}: no such folder: name a run's folder, or a server's; make it where it is to be new")
     with changing_keys(keys_file(place)) as keys:
         if name and any(name in (key.name, key.id) for key in keys if key.revoked is None):
             raise ConfigError(f"there is a key {name!r} already: revoke it first, or choose another name")

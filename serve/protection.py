@@ -3,7 +3,8 @@
 A bare ASGI middleware, so that a stream goes through as it is. What it adds to the scope's `state`: `caller`
 (serve.keys.Caller) and `request_id`. A WebSocket's key comes as the subprotocol `repertory-key.<KEY>`, since a browser
 can set no headers there; the app just accepts, and the subprotocol that a browser waits for is filled in here. The app
-sees neither that nor the Authorization header.
+sees neither that nor the Authorization header. A WebSocket's `state` has `turn` too: `async with turn():` is to each of
+its turns what the way through here is to one over HTTP, and raises ApiError where that one would be refused.
 """
 
 import logging
@@ -12,15 +13,16 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.asgi import Headers, has_body, read_body, refuse
+from serve.asgi import BoundedSocket, Client, Headers, has_body, read_body, refuse
 from serve.errors import ApiError
 from serve.keys import ANONYMOUS, Caller, is_loopback
 from serve.metrics import Metrics
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("repertory.serve")
 _KEY_PROTOCOL = "repertory-key."
-_GENERATES = re.compile(r"POST /v1/(chat/completions|completions|sessions/[^/]+/turns)|WS /v1/sessions/[^/]+/ws")
+_GENERATES = re.compile(r"POST /v1/(chat/completions|completions|sessions/[^/]+/turns)")
 _OPEN = re.compile(r"/|/web/[^/]+|/health(/.*)?")
 _READS = ("GET", "HEAD", "OPTIONS")
 _SECURITY: Headers = [
@@ -51,42 +53,53 @@ class Protection:
     def __init__(self, app: ASGIApp, service: "Service", clock: Callable[[], float] = time.monotonic):
         """Of the service: its configuration, keys and metrics."""
         http = service.config.http
-        self._app, self._clock, self._http, self._limits = app, clock, http, service.config.limits
+        limits = self._limits = service.config.limits
+        self._app, self._clock, self._http, self._idle_s = app, clock, http, service.config.sessions.idle_s
         self._keys, self._metrics = service.keys, service.metrics
         self._buckets: dict[str, _Bucket] = {}
-        self._in_flight: Counter[str] = Counter()
-        self._metrics.in_flight(0)
+        self._turns = _Places(limits.in_flight, limits.in_flight_per_key, "requests under way", self._metrics.in_flight)
+        self._sockets = _Places(limits.sockets, limits.sockets_per_key, "WebSockets open")
         self._entry: ASGIApp = self._guarded
         if http.cors_origins:  # outside of the keys: a browser's preflight carries none
             self._entry = CORSMiddleware(
                 self._guarded,
                 allow_origins=http.cors_origins,
                 allow_methods=("GET", "POST", "DELETE"),
-                allow_headers=("authorization", "content-type", "last-event-id", "x-request-id"),
+                allow_headers=("authorization", "content-type", "last-event-id", "x-request-id", "x-session-id"),
                 expose_headers=("retry-after", "x-request-id"),
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        exchange = _Exchange(scope, send, self._clock)
+        client = Client(scope, receive, send, self._http.body_timeout_s)
+        exchange = _Exchange(scope, client, self._clock)
         try:
-            await self._entry(exchange.scope, receive, exchange.send)
+            await self._entry(exchange.scope, client.receive, exchange.send)
         finally:
+            if client.stalled:
+                _log.warning("%s was ended: its client read nothing for %g s", exchange.id, self._http.body_timeout_s)
+                self._metrics.error("client_stalled")
             exchange.tell(self._metrics)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: _Exchange = scope[_Exchange.KEY]
         try:
             caller = scope["state"]["caller"] = self._admit(exchange)
-            if scope["type"] == "http" and has_body(scope):
+            if scope["type"] == "websocket":
+                with self._sockets.one(caller):
+                    return await self._speak(exchange, receive, send)
+            if has_body(scope):
                 whole = await read_body(scope, receive, self._http.max_body_bytes, self._http.body_timeout_s)
                 if whole is None:
                     return
                 receive = whole
-            with self._place(exchange, caller):
+            generates = _GENERATES.fullmatch(f"{exchange.method} {exchange.path}")
+            with self._turns.one(caller) if generates else nullcontext():
                 await self._app(scope, receive, send)
         except Exception as error:
+            if exchange.client.stalled:  # what has ended the app
+                return
             if not isinstance(error, ApiError):
                 # Its text may hold what somebody wrote, so that only the places are told.
                 where = "".join(traceback.format_tb(error.__traceback__))
@@ -96,12 +109,35 @@ class Protection:
             if exchange.status is None:
                 await refuse(scope, send, error)
 
+    async def _speak(self, exchange: "_Exchange", receive: Receive, send: Send) -> None:
+        socket = BoundedSocket(receive, send, self._http.max_body_bytes, self._idle_s)
+        exchange.scope["state"]["turn"] = partial(self._turn, exchange)
+        await self._app(exchange.scope, socket.receive, socket.send)
+
+    @asynccontextmanager
+    async def _turn(self, exchange: "_Exchange") -> AsyncIterator[None]:
+        """Of a WebSocket: its key may have been revoked meanwhile, and what it may ask for is counted by turns."""
+        try:
+            place = self._turns.one(self._identify(exchange))
+            place.__enter__()
+        except ApiError as error:
+            self._metrics.error(error.code)
+            raise
+        try:
+            yield
+        finally:
+            place.__exit__(None, None, None)
+
     def _admit(self, exchange: "_Exchange") -> Caller:
         """Raises ApiError unless the request may be worked for."""
         if not self._keys.needed:
             self._refuse_strangers(exchange)
         if exchange.method in _READS and _OPEN.fullmatch(exchange.path):
             return ANONYMOUS
+        return self._identify(exchange)
+
+    def _identify(self, exchange: "_Exchange") -> Caller:
+        """Whose key it is, counted in its rate. Raises ApiError."""
         caller = self._keys.check(exchange.authorization)
         if self._limits.requests_per_minute is not None:
             bucket = self._buckets.setdefault(caller.id, _Bucket(self._limits.requests_per_minute))
@@ -123,26 +159,32 @@ class Protection:
                 text = "Without API keys this server takes nothing from other sites' pages; see http.cors_origins"
                 raise ApiError(403, "origin_not_allowed", text)
 
+
+class _Places:
+    """How many of something there may be at a time, from all keys and from one."""
+
+    def __init__(self, most: int, most_per_key: int | None, what: str, tell: Callable[[int], None] = lambda _: None):
+        """tell: is told how many there are."""
+        self._most, self._most_per_key, self._what, self._tell = most, most_per_key, what, tell
+        self._taken: Counter[str] = Counter()
+        tell(0)
+
     @contextmanager
-    def _place(self, exchange: "_Exchange", caller: Caller) -> Iterator[None]:
-        """Among the requests that generate at a time, until the answer has ended, however it does."""
-        if not _GENERATES.fullmatch(f"{exchange.method} {exchange.path}"):
-            yield
-            return
-        most = self._limits.in_flight_per_key
-        if most is not None and self._in_flight[caller.id] >= most:
-            text = f"This key has {most} requests under way already"
+    def one(self, caller: Caller) -> Iterator[None]:
+        """Until it has ended, however it does. Raises ApiError 429."""
+        if self._most_per_key is not None and self._taken[caller.id] >= self._most_per_key:
+            text = f"This key has {self._most_per_key} {self._what} already"
             raise ApiError(429, "too_many_in_flight", text, retry_after_s=1)
-        if self._in_flight.total() >= self._limits.in_flight:
-            raise ApiError(429, "overloaded", "The server has all the requests that it can take", retry_after_s=1)
-        self._in_flight[caller.id] += 1
-        self._metrics.in_flight(self._in_flight.total())
+        if self._taken.total() >= self._most:
+            raise ApiError(429, "overloaded", f"The server has all the {self._what} that it can take", retry_after_s=1)
+        self._taken[caller.id] += 1
+        self._tell(self._taken.total())
         try:
             yield
         finally:
-            self._in_flight[caller.id] -= 1
-            self._in_flight += Counter()  # drops what is zero
-            self._metrics.in_flight(self._in_flight.total())
+            self._taken[caller.id] -= 1
+            self._taken += Counter()  # drops what is zero
+            self._tell(self._taken.total())
 
 
 class _Bucket:
@@ -166,8 +208,8 @@ class _Exchange:
 
     KEY = "repertory.exchange"
 
-    def __init__(self, scope: Scope, send: Send, clock: Callable[[], float]):
-        self._send, self._clock, self._start = send, clock, clock()
+    def __init__(self, scope: Scope, client: Client, clock: Callable[[], float]):
+        self.client, self._clock, self._start = client, clock, clock()
         self._headers = dict(scope["headers"])
         self.id = request_id_of(scope)
         self.method: str = scope["method"] if scope["type"] == "http" else "WS"
@@ -209,7 +251,7 @@ class _Exchange:
                 message["subprotocol"] = next(iter(self._protocols), self._key_protocol)
         elif kind == "websocket.close" and self.status is None:
             self.status = 403
-        await self._send(message)
+        await self.client.send(message)
 
     def tell(self, metrics: Metrics) -> None:
         status = self.status or 499  # the client left before its answer

@@ -3,17 +3,20 @@
 The proxy's process finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="serve.proxy_guard:middlewares" in its
 environment. Without it, a replica that dies cuts its streams in the middle; Serve's own errors are plain text; and the
 proxy passes a body on as fast as it comes, into a queue without bounds, while a slow one holds a replica's place. Here
-a body is read first, within REPERTORY_MAX_BODY_BYTES and REPERTORY_BODY_TIMEOUT_S.
+a body is read first, within REPERTORY_MAX_BODY_BYTES and REPERTORY_BODY_TIMEOUT_S, and a client that reads nothing of
+its answer for as long has left. And Serve's router is told which session a path is about, so that all of a session's
+requests come to the same replica.
 """
 
 import json
 import logging
 import os
+import re
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.asgi import has_body, read_body, refuse, server_sent_error
+from serve.asgi import Client, has_body, read_body, refuse, server_sent_error
 from serve.errors import ApiError
 from serve.request_id import request_id_of, with_request_id
 
@@ -21,6 +24,9 @@ _log = logging.getLogger("ray.serve")
 _UNAVAILABLE = ApiError(503, "unavailable", "No replica could answer; try again", retry_after_s=1)
 _DIED = ApiError(503, "replica_died", "The replica that was answering is gone; what it began can be gone on with")
 _SERVICE_RESTART = 1012
+_SESSION = re.compile(r"/v1/sessions/([A-Za-z0-9._\-]{1,128})(?:/|$)")
+_SESSION_ID = b"x-session-id"
+"""What Serve's ConsistentHashRouter looks for."""
 
 
 def middlewares() -> list[Middleware]:
@@ -37,7 +43,9 @@ class ProxyGuard:
         if scope["type"] not in ("http", "websocket") or scope["path"].startswith("/-/"):  # Serve's own
             return await self._app(scope, receive, send)
         name = request_id_of(scope)
-        scope = {**scope, "headers": with_request_id(scope["headers"], name)}
+        scope = {**scope, "headers": _with_session_id(scope["path"], with_request_id(scope["headers"], name))}
+        client = Client(scope, receive, send, self._timeout_s)
+        receive, send = client.receive, client.send
         if scope["type"] == "websocket":
             socket = _Socket(scope, receive, send)
             await self._ask(scope, socket.receive, socket.send)
@@ -123,6 +131,15 @@ class _Socket:
         event = {"type": "error", "code": _DIED.code, "message": _DIED.message, "resume": True}
         await self._send({"type": "websocket.send", "text": json.dumps(event)})
         await self._send({"type": "websocket.close", "code": _SERVICE_RESTART, "reason": _DIED.code})
+
+
+def _with_session_id(path: str, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The path's own session, whatever the client says: another one's replica would have to make it again."""
+    found = _SESSION.search(path)
+    if found is None:
+        return headers
+    others = [(n, v) for n, v in headers if n.lower().replace(b"_", b"-") != _SESSION_ID]
+    return [*others, (_SESSION_ID, found[1].encode())]
 
 
 def _of_serve(start: Message) -> ApiError:

@@ -22,8 +22,8 @@ class Source:
     """What a server is made of.
 
     model: a folder in Hugging Face format; run: the run's folder that it comes from, where there is one; trained: the
-    configuration that it was trained under, or one with defaults; envs: whether that says which environment is its own;
-    dir: the server's folder.
+    configuration that it was trained under, or one with defaults; own_env: whether that says which environment is its
+    own; dir: the server's folder.
     """
 
     model: Path
@@ -46,8 +46,17 @@ def resolve(what: str, overrides: Sequence[str] = ()) -> ServeConfig:
         data = {"model": what}
     apply_overrides(data, list(overrides))
     config = checked(ServeConfig, data, what, node, [o.partition("=")[0] for o in overrides])
-    source_of(config)
+    source = source_of(config)
+    if config.follow.source == "run":
+        followed(config, source)
     return config
+
+
+def followed(config: ServeConfig, source: Source) -> Path:
+    """The run that new versions come from. Raises ConfigError when what is served comes from no run."""
+    if source.run is None:
+        raise ConfigError(f"follow.source: {config.model} is of no run that could be followed. Name a run's folder")
+    return source.run
 
 
 def source_of(config: ServeConfig) -> Source:
@@ -66,6 +75,9 @@ def source_of(config: ServeConfig) -> Source:
     else:
         if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
             raise ConfigError(f"{path} is a run without a checkpoint that could be served: train it first")
+        if _means_a_folder(config.model) and not path.exists():
+            what = "name a checkpoint, a run's folder, a YAML file, or a model as of model.path"
+            raise ConfigError(f"model: {config.model}: no such folder: {what}")
         try:
             folder = find_model(config.model)
         except ModelNotFound as error:
@@ -73,6 +85,12 @@ def source_of(config: ServeConfig) -> Source:
         trained, own_env, run, name = _untrained(config), False, None, config.name or folder.name
     where = Path(config.dir) if config.dir else run / "serve" if run else Path("runs") / f"serve-{name}"
     return Source(folder, run, trained, own_env, where, name)
+
+
+def _means_a_folder(model: str) -> bool:
+    """And no organisation/name of the hub, which would be asked for it."""
+    near = "/" in model and Path(model).parent.is_dir()
+    return near or model.startswith(("./", "../", "/", "~", "runs/"))
 
 
 def _untrained(config: ServeConfig) -> Config:

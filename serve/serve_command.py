@@ -4,20 +4,24 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
 from rl.config_file import ConfigError
 from serve.config import ServeConfig
-from serve.keys import KeyRing, refuse_public
+from serve.keys import KeyRing, handed_on, refuse_public
 from serve.release import Releases
 from serve.release_files import origin_of
 from serve.releases import Book
 from serve.resolve import Source, resolve, source_of
 
 PROXY_GUARD = "serve.proxy_guard:middlewares"
+_CLOSE_S = 10.0
+"""For Serve to see that a replica has nothing more to do, and for the replica to close."""
 
 
 def serve(what: str, overrides: Sequence[str], console: Console) -> None:
@@ -27,12 +31,7 @@ def serve(what: str, overrides: Sequence[str], console: Console) -> None:
     keys = KeyRing.of(config.keys, source.dir)
     refuse_public(config.http.host, keys)
     releases = _begin(config, source)
-    config = _with_port(config)
-    os.environ.update(
-        RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=PROXY_GUARD,
-        REPERTORY_MAX_BODY_BYTES=str(config.http.max_body_bytes),
-        REPERTORY_BODY_TIMEOUT_S=str(config.http.body_timeout_s),
-    )
+    config = handed_on(_with_port(config), keys)
     ended = threading.Event()
     with console.status("starting the server: Ray, then the engine"):
         _deploy(config)
@@ -40,8 +39,9 @@ def serve(what: str, overrides: Sequence[str], console: Console) -> None:
         signal.signal(number, lambda *_: ended.set())
     _tell(config, source, keys, releases, console)
     ended.wait()
-    with console.status("ending what is under way"):
-        _shut_down()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with console.status("ending what is under way; Ctrl-C ends it at once"):
+        _end(config)
 
 
 def _begin(config: ServeConfig, source: Source) -> Releases:
@@ -55,6 +55,8 @@ def _begin(config: ServeConfig, source: Source) -> Releases:
 def _with_port(config: ServeConfig) -> ServeConfig:
     """With a free port where 0 is set. Raises ConfigError when another process listens there."""
     h = config.http
+    if h.port and _attached():  # whose Serve may listen there already, as it should
+        return config
     family = socket.AF_INET6 if ":" in h.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,22 +76,63 @@ def _deploy(config: ServeConfig) -> None:
     from actors.launch import connect
     from serve.deploy import APPLICATION, application
 
-    connect()
+    for_proxies = {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_GUARD,
+        "REPERTORY_MAX_BODY_BYTES": str(config.http.max_body_bytes),
+        "REPERTORY_BODY_TIMEOUT_S": str(config.http.body_timeout_s),
+    }
+    os.environ.update(for_proxies)
+    connect(for_proxies)
+    _refuse_another_address(config)
     ray_serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
     try:
         ray_serve.run(application(config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         deployments = ray_serve.status().applications[APPLICATION].deployments.values()
         told = "\n".join(d.message for d in deployments if d.message) or str(error)
-        _shut_down()
+        _end(config)
         raise ConfigError(f"the server did not start:\n{told}") from None
 
 
-def _shut_down() -> None:
+def _attached() -> bool:
+    """To a cluster that others have, and may have other applications on."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _refuse_another_address(config: ServeConfig) -> None:
+    """Serve listens where it was first told to. Raises ConfigError when that is not where this server is to be."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    there, asked = client.http_config, config.http
+    if (there.host, there.port) != (asked.host, asked.port):
+        raise ConfigError(
+            f"Serve runs on this cluster already, and listens on {there.host}:{there.port}: set http.host and http.port "
+            "to that"
+        )
+
+
+def _end(config: ServeConfig) -> None:
+    """End our application, when what is under way in it has finished; then Serve and Ray, where they are ours.
+
+    Serve's own shutdown waits for half a minute at most.
+    """
     import ray
     from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    ray_serve.shutdown()
+    from serve.deploy import APPLICATION, grace_s
+
+    with suppress(KeyboardInterrupt, RayError, RayServeException):  # in a hurry; or Serve has died
+        ray_serve.delete(APPLICATION, _blocking=False)
+        deadline = time.monotonic() + grace_s(config) + _CLOSE_S
+        while APPLICATION in ray_serve.status().applications and time.monotonic() < deadline:
+            time.sleep(0.1)
+    if not _attached():
+        ray_serve.shutdown()
     ray.shutdown()
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("repertory.serve")
 
-CHUNK_S = 0.2
+CHUNK_S = 0.15
 _STUCK_S = 300.0
 """A step or a load that takes longer is none that will end."""
 
@@ -215,11 +215,15 @@ class Versions:
 
     @property
     def in_flight(self) -> int:
-        return len(self._running) + self.waiting
+        return len(self._running) + self._held_back
 
     @property
     def waiting(self) -> int:
-        """Requests that are held back for their version's turn."""
+        """Requests that are held back for their version's turn, or wait in the engine for a place."""
+        return self._held_back + self._engine.waiting
+
+    @property
+    def _held_back(self) -> int:
         return sum(map(len, self._waiting.values()))
 
     @property

@@ -1,6 +1,7 @@
 // Requests to the server: its errors as words, and its key.
 
 const KEY = "repertory-key";
+const OF_SESSION = /^v1\/sessions\/([^/?]+)/; // as it stands in the path: a header takes no other letters
 
 // The server said no. `param` names the field that is wrong.
 export class Refused extends Error {
@@ -39,6 +40,8 @@ export async function request(method, path, { body, signal } = {}) {
     const key = sessionStorage.getItem(KEY);
     const headers = body === undefined ? {} : { "Content-Type": "application/json" };
     if (key) headers.Authorization = `Bearer ${key}`;
+    const session = OF_SESSION.exec(path); // of several replicas, the one that holds it is to answer
+    if (session) headers["x-session-id"] = session[1];
     let response;
     try {
       response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body), cache: "no-store" });

@@ -242,6 +242,16 @@ def test_serves_configuration_is_one_and_a_replica_fills_a_pod(where, tmp_path):
     assert (least, settings.get("autoscale.max", least)) == (group["minReplicas"], group["maxReplicas"])
 
 
+def test_prometheus_reaches_the_metrics_and_nothing_else():
+    policy, service = (yaml.safe_load((K8S / "base" / f"{name}.yaml").read_text()) for name in ("network", "serve"))
+    rules = policy["spec"]["ingress"]
+    (rule,) = [r for r in rules if "prometheus" in str(r["from"])]
+    assert rule["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "prometheus"}
+    for pod in pods(service):
+        ports = {p["name"]: p["containerPort"] for p in pod["containers"][0]["ports"]}
+        assert [p["port"] for p in rule["ports"]] == [ports["metrics"]]
+
+
 def test_an_entrypoint_is_plain_words():
     """The submitter's shell reads it before Ray's does."""
     for overlay in OVERLAYS:

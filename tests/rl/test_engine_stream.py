@@ -61,6 +61,7 @@ async def test_a_request_that_is_cancelled_leaves_its_place_to_others(engine):
     others = [engine.submit(PROMPT, Sampling(max_tokens=1900, seed=s), lambda chunk: None) for s in range(4)]
     while engine.load_in_flight < 8:
         await asyncio.sleep(0.01)
+    assert engine.waiting == 4
     for future in long + others:
         assert future.cancel()
     await asyncio.wait_for(engine.generate(PROMPT, Sampling(max_tokens=2)), 5)

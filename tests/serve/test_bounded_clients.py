@@ -196,7 +196,7 @@ def endless() -> FastAPI:
             try:
                 while True:
                     yield b"x" * 50_000
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.01)
             finally:
                 app.state.ended += 1
 
