@@ -137,5 +137,3 @@ class ServeConfig(Strict):
     """Of one turn, when the client does not say. Default: rollout.max_turn_tokens of the run."""
     temperature: float | None = Field(default=None, ge=0)
     """When the client does not say. Default: rollout.temperature of the run."""
-    log_content: bool = False
-    """Whether what people write may stand in logs."""

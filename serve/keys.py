@@ -99,17 +99,19 @@ class KeyRing:
         digests: Sequence[str] = (),
         required: bool = False,
     ):
-        """variable: of the environment, with keys as they are, separated by commas. digests: of more such keys.
+        """variable: of the environment, with keys as they are, separated by commas; read where none is required.
 
+        digests: of such keys in the environment of another process. required: whether nobody gets in without a key.
         Raises ConfigError for a file or a variable that holds something else.
         """
         self._file, self._clock = file, clock
-        given = [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
+        environment = "" if required else os.environ.get(variable, "")
+        given = [part.strip() for part in environment.split(",") if part.strip()]
         if any(len(part) < _LEAST_LENGTH for part in given):
             raise ConfigError(f"{variable}: a key has fewer than {_LEAST_LENGTH} characters, and could be guessed")
         self.digests = tuple(dict.fromkeys([*digests, *map(_digest, given)]))
         """Of the keys that are in no file."""
-        self._given = [(digest, Caller(f"env-{digest[:8]}", variable or "environment")) for digest in self.digests]
+        self._given = [(digest, Caller(f"env-{digest[:8]}", variable)) for digest in self.digests]
         self._filed: list[tuple[str, Caller | None]] = []
         self._seen: tuple[int, int, int] | None = None
         self._protects = required or bool(self._given)
@@ -122,8 +124,7 @@ class KeyRing:
     def of(config: KeysConfig, folder: Path) -> "KeyRing":
         """folder: the server's."""
         file = Path(config.file) if config.file else folder / "keys.json"
-        variable = "" if config.required else config.variable
-        return KeyRing(file, variable, digests=config.digests, required=config.required)
+        return KeyRing(file, config.variable, digests=config.digests, required=config.required)
 
     @property
     def needed(self) -> bool:

@@ -32,7 +32,7 @@ def create_key(place: Path, name: str = "") -> str:
         raise ConfigError(f"{place} is a file: name a run's folder, or a server's")
     folder = place.parent if place.suffix == ".json" else place
     if not folder.is_dir():  # keys that no server reads would protect nothing
-        raise ConfigError(f"{folder}: no such folder: name a run's folder, or a server's; make it where it is to be new")
+        raise ConfigError(f"{folder}: no such folder: name a run's folder, or a server's own (make a new one first)")
     with changing_keys(keys_file(place)) as keys:
         if name and any(name in (key.name, key.id) for key in keys if key.revoked is None):
             raise ConfigError(f"there is a key {name!r} already: revoke it first, or choose another name")

@@ -33,7 +33,7 @@ class Metrics:
         self._seconds = make("Histogram", "request_seconds", "A whole request", "route", boundaries=_WHOLE_S)
         self._errors = make("Counter", "errors_total", "Requests that were refused or failed", "code")
         self._in_flight = make("Gauge", "in_flight_requests", "Requests under way that generate")
-        self._queued = make("Gauge", "queued_requests", "Requests that wait for the engine, or for their version's turn in it")
+        self._queued = make("Gauge", "queued_requests", "Requests that wait for the engine, or their version's turn")
         self._sessions = make("Gauge", "sessions", "Sessions that this replica holds")
         self._version = make("Gauge", "version", "The weight version that is served", "role")
         self._tokens = make("Counter", "tokens_total", "Tokens read (prompt) and sampled", "kind")

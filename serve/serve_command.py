@@ -109,8 +109,8 @@ def _refuse_another_address(config: ServeConfig) -> None:
     there, asked = client.http_config, config.http
     if (there.host, there.port) != (asked.host, asked.port):
         raise ConfigError(
-            f"Serve runs on this cluster already, and listens on {there.host}:{there.port}: set http.host and http.port "
-            "to that"
+            f"Serve runs on this cluster already, and listens on {there.host}:{there.port}: set http.host and "
+            "http.port to that"
         )
 
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
@@ -13,41 +11,13 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-
-ROOT = Path(__file__).parent.parent.parent
-COMMAND = str(Path(sys.executable).parent / "repertory")
-SMALL = [
-    "model.scratch.layers=2",
-    "model.scratch.hidden=64",
-    "model.scratch.heads=2",
-    "model.max_length=320",
-    "rollout.temperature=0.7",
-    "rollout.max_turn_tokens=40",
-    "stages.0.n=4",
-    "stages.1.steps=20",
-    "stages.1.batch_size=16",
-    "stages.1.demonstrations.count=64",
-    "stages.2.n=8",
-    "stages.3.steps=1",
-    "stages.3.tasks_per_step=8",
-    "stages.3.lr=1e-3",
-    "stages.3.algo.group_size=4",
-    "stages.4.n=8",
-]
-
-
-def repertory(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it."""
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        [COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
-    )
+from running import SMALL, repertory
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: the quickstart in small, with a checkpoint after SFT (version 1) and one after a step of RL."""
-    if "TRAINED_RUN" in os.environ:
+    if "TRAINED_RUN" in os.environ:  # one that was trained before, for who works on these tests
         return Path(os.environ["TRAINED_RUN"])
     root = tmp_path_factory.mktemp("trained")
     done = repertory("train", "configs/quickstart.yaml", f"run.root={root}", "run.name=agent", *SMALL)

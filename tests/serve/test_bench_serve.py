@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import uvicorn
-from conftest import repertory
 from rich.console import Console
+from running import repertory
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse

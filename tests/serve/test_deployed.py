@@ -16,7 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import COMMAND, ROOT, repertory
+from running import COMMAND, ROOT, repertory
 from talking import events_of, made, said
 
 
@@ -185,6 +185,7 @@ def test_what_the_trainer_leaves_is_served_and_a_corrupt_checkpoint_is_not(deplo
     deadline = time.monotonic() + 10
     while client.get("/health").json()["stable"] != before and time.monotonic() < deadline:
         time.sleep(0.1)
+    time.sleep(1)  # the other replica has heard of it too
     assert client.get("/health").json()["stable"] == before
 
 

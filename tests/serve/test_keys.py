@@ -3,16 +3,22 @@
 import hmac
 import json
 import logging
+import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rl.config_file import ConfigError
-from serve.config import KeysConfig
+from serve import deploy, serve_command
+from serve.config import KeysConfig, ServeConfig
 from serve.errors import ApiError
-from serve.keys import ANONYMOUS, KeyRing, is_loopback, refuse_public
+from serve.keys import ANONYMOUS, KeyRing, handed_on, is_loopback, refuse_public
 from serve.keys_command import create_key, keys_file, list_keys, revoke_key
 
 VARIABLE = "REPERTORY_TEST_KEYS"
@@ -206,3 +212,74 @@ def test_a_public_address_needs_a_key(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "a-key-that-somebody-else-made")
     for host in public:
         refuse_public(host, KeyRing(None, VARIABLE))
+
+
+def _replica(settings: dict[str, Any], folder: Path) -> KeyRing:
+    """The keys of a replica that is started with such settings."""
+    return KeyRing.of(ServeConfig.model_validate(json.loads(json.dumps(settings))).keys, folder)
+
+
+def test_a_replica_lets_in_whom_the_process_that_deploys_lets_in(tmp_path, monkeypatch):
+    own, stale = "a-key-that-somebody-else-made", "a-key-of-an-older-cluster"
+    config = ServeConfig(model="m", keys=KeysConfig(variable=VARIABLE))
+    monkeypatch.setenv(VARIABLE, own)
+    ring = KeyRing.of(config.keys, tmp_path)
+    settings = handed_on(config, ring).model_dump(mode="json")
+    assert own not in json.dumps(settings)
+    for environment in ("", stale):
+        monkeypatch.setenv(VARIABLE, environment)
+        replica = _replica(settings, tmp_path)
+        assert refused(replica, None)[1] == "missing_key"
+        assert refused(replica, f"Bearer {stale}")[1] == "invalid_key"
+        assert replica.check(f"Bearer {own}") == ring.check(f"Bearer {own}")  # whose sessions are the same caller's
+    key = create_key(tmp_path, "later")
+    assert _replica(settings, tmp_path).check(f"Bearer {key}").name == "later"
+
+
+def test_a_file_of_keys_that_is_gone_when_a_replica_starts_again_opens_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    config = ServeConfig(model="m", keys=KeysConfig(variable=VARIABLE))
+    assert handed_on(config, KeyRing.of(config.keys, tmp_path)) == config
+    assert not _replica(config.model_dump(mode="json"), tmp_path).needed
+    key = create_key(tmp_path, "only")
+    settings = handed_on(config, KeyRing.of(config.keys, tmp_path)).model_dump(mode="json")
+    assert _replica(settings, tmp_path).check(f"Bearer {key}").name == "only"
+    (tmp_path / "keys.json").unlink()
+    replica = _replica(settings, tmp_path)
+    assert replica.needed and refused(replica, None)[1] == "missing_key"
+    assert refused(replica, f"Bearer {key}")[1] == "invalid_key"
+
+
+def _by_command() -> None:
+    serve_command.serve("what", [], Console(quiet=True))
+
+
+def _by_service() -> None:
+    deploy.app({"what": "what"})
+
+
+@pytest.mark.parametrize("start", [_by_command, _by_service])
+def test_what_deploys_hands_its_keys_on(tmp_path, monkeypatch, start: Callable[[], None]):
+    config = ServeConfig.model_validate({"model": "m", "http": {"port": 0}, "keys": {"variable": VARIABLE}})
+    deployed: list[ServeConfig] = []
+
+    class Deployed(Exception):
+        pass
+
+    def deploying(made: ServeConfig) -> None:
+        deployed.append(made)
+        raise Deployed
+
+    for module in (serve_command, deploy):
+        monkeypatch.setattr(module, "resolve", lambda *_: config)
+        monkeypatch.setattr(module, "source_of", lambda _: SimpleNamespace(dir=tmp_path))
+    monkeypatch.setattr(serve_command, "_begin", lambda *_: None)
+    monkeypatch.setattr(serve_command, "_deploy", deploying)
+    monkeypatch.setattr(deploy, "_listens_on", lambda _: "0.0.0.0")
+    monkeypatch.setattr(deploy, "application", deploying)
+    monkeypatch.setattr("os.environ", {**os.environ, VARIABLE: "a-key-that-somebody-else-made"})
+    with pytest.raises(Deployed):
+        start()
+    (made,) = deployed
+    assert made.keys.required and len(made.keys.digests) == 1
+    assert "somebody" not in made.model_dump_json()

@@ -102,6 +102,9 @@ def test_events_are_the_same_however_the_stream_is_cut(page):
 
 
 def test_a_conversation_streams_and_is_stopped_retried_rated_reloaded_and_deleted(page, agent, server):
+    # Keeps what the page asks for, on its way through the page's own fetch.
+    keeping = "(path, more) => (asked.push([path, more.headers['x-session-id'] ?? null]), real(path, more))"
+    page.js(f"(window.asked = [], window.real = fetch, window.fetch = {keeping}, 0)")
     agent.will_say("First answer, slowly.", held=True)
     page.click("label[for=collect]")
     page.start()
@@ -141,6 +144,12 @@ def test_a_conversation_streams_and_is_stopped_retried_rated_reloaded_and_delete
         events = client.get(f"{path}/events", params={"stream": False}).json()["events"]
         rated = [(e["turn"], e["rating"], e["correction"]) for e in events if e["type"] == "feedback"]
         assert rated == [(1, "down", None), (1, "down", "It was retried. Better")]
+
+    asked = page.js("asked")
+    (identity,) = page.session_ids()
+    ofs = [(path, session) for path, session in asked if identity in path]
+    assert {session for _, session in ofs} == {identity}  # comes to the replica that holds it
+    assert {"turns", "stop", "feedback"} <= {path.rpartition("/")[2] for path, _ in ofs}
 
     before = page.one(".transcript").text
     page.driver.refresh()

@@ -427,3 +427,7 @@ async def test_a_stream_goes_through_piece_by_piece(tmp_path):
     server.app.state.go_on.set()
     await done
     assert pieces == [b"data: 1\n\n", b"data: 2\n\n", b""]
+
+
+def test_a_method_that_a_path_does_not_have_is_the_clients_mistake():
+    assert ApiError(405, "method_not_allowed", "no").body()["error"]["type"] == "invalid_request_error"
