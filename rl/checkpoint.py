@@ -69,7 +69,7 @@ def writing(run: Path, step: int) -> Iterator[Path]:
     except Exception as error:
         whose = (error, getattr(error, "cause", None))  # of Ray's error, when a rank wrote
         if any(getattr(e, "errno", None) == errno.ENOSPC for e in whose) or shutil.disk_usage(root).free < _FULL:
-            last = max(_found(run), key=_step, default=None)
+            last = next(iter(folders(run)), None)
             raise DiskFull(
                 f"the disk of {run} is full: the checkpoint of step {step} was not written, the last one is "
                 f"{last.name if last else 'none'}. Free some space and go on with --resume"
@@ -126,7 +126,7 @@ def read_state(folder: Path) -> State:
 
 def newest(run: Path, say: Callable[[str], None] = lambda message: None) -> Path | None:
     """The newest checkpoint of a run that is as it was written. `say` is told of each damaged one passed over."""
-    for folder in sorted(_found(run), key=_step, reverse=True):
+    for folder in folders(run):
         wrong = damage(folder)
         if wrong is None:
             return folder
@@ -158,7 +158,7 @@ def damage(folder: Path) -> str | None:
 
 def set_aside_after(run: Path, step: int) -> None:
     """Take damaged checkpoints of later steps out of the count: pruning would keep them for good ones."""
-    for folder in _found(run):
+    for folder in folders(run):
         if _step(folder) > step:
             aside = folder.with_name(f"damaged.{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -170,13 +170,15 @@ def prune(run: Path, keep: int, spared: Collection[str] = ()) -> None:
     """Delete all but the newest `keep` checkpoints, the best, and those named in `spared`."""
     known = best(run)
     spared = {*spared, *([f"step={known['step']}"] if known else [])}
-    for folder in sorted(_found(run), key=_step)[:-keep]:
+    for folder in folders(run)[keep:]:
         if folder.name not in spared:
             shutil.rmtree(folder)
 
 
-def _found(run: Path) -> list[Path]:
-    return [p for p in (run / "checkpoints").glob("step=*") if p.is_dir()]
+def folders(run: Path) -> list[Path]:
+    """A run's checkpoints, the newest first, damaged or not."""
+    found = [p for p in (run / "checkpoints").glob("step=*") if p.is_dir()]
+    return sorted(found, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:

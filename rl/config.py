@@ -83,11 +83,9 @@ class Role(Strict):
     threads: PositiveInt = 1
 
 
-class EngineConfig(Role):
-    """An actor with a vLLM engine."""
+class VllmConfig(Strict):
+    """What a vLLM engine is made with, whoever holds it."""
 
-    cpus: float = Field(default=0.5, ge=0)
-    threads: PositiveInt = 2
     dtype: Dtype | None = None
     tensor_parallel: PositiveInt = 1
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
@@ -95,6 +93,13 @@ class EngineConfig(Role):
     max_sequences: PositiveInt = 128
     enforce_eager: bool | None = None
     """No compilation, no CUDA graphs. Default: on CPU, where compiling takes longer than most runs save by it."""
+
+
+class EngineConfig(Role, VllmConfig):
+    """An actor with a vLLM engine."""
+
+    cpus: float = Field(default=0.5, ge=0)
+    threads: PositiveInt = 2
 
 
 class GeneratorConfig(EngineConfig):

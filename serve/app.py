@@ -1,6 +1,5 @@
 """The HTTP application: routes, and every error in OpenAI's shape. Runs in a replica, and as well without Ray."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,15 +11,15 @@ from starlette.exceptions import HTTPException
 
 from rl.env import InfraError
 from serve import openai_routes, page, session_routes
+from serve.attended import refusal
 from serve.errors import ApiError
 from serve.protection import Protection
+from serve.versions import UnknownVersion
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from serve.service import Service
-
-log = logging.getLogger("repertory.serve")
 
 
 def build(service: "Service") -> "ASGIApp":
@@ -55,11 +54,6 @@ def _health(app: FastAPI, service: "Service") -> None:
         return JSONResponse(service.health(), 503 if service.not_ready() else 200)
 
 
-def _refused(error: Exception) -> ApiError:
-    assert isinstance(error, ApiError)
-    return error
-
-
 def _invalid(error: Exception) -> ApiError:
     """The first thing that is wrong with a body, without what it holds."""
     assert isinstance(error, RequestValidationError)
@@ -75,26 +69,18 @@ def _http(error: Exception) -> ApiError:
     return ApiError(error.status_code, known.get(error.status_code, "http_error"), str(error.detail))
 
 
-def _unavailable(error: Exception) -> ApiError:
-    log.error("a request failed: %s", type(error).__name__)
-    return ApiError(503, "unavailable", "the engine cannot answer now: try again", retry_after_s=1)
-
-
-def _full(error: Exception) -> ApiError:
-    log.error("a request failed: %s", error)
-    return ApiError(503, "storage_failed", "the server cannot write its journal now", retry_after_s=5)
-
-
 def _failed(error: Exception) -> ApiError:
+    """Any other: it is raised on, and told in the log by who protects the application."""
     return ApiError(500, "internal_error", "the server failed at this request; its log says why")
 
 
 _ANSWERS = {
-    ApiError: _refused,
     RequestValidationError: _invalid,
     HTTPException: _http,
-    InfraError: _unavailable,
-    OSError: _full,
+    ApiError: refusal,
+    InfraError: refusal,
+    UnknownVersion: refusal,
+    OSError: refusal,
     Exception: _failed,
 }
 

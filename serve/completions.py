@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rl.env import Message
 from rl.policy import Sampling
 from rl.task import derive_seed
+from serve.attended import too_late
 from serve.errors import ApiError
 from serve.openai_schema import CHOICES, ChatRequest, CompletionRequest, messages_of, tools_of
 from serve.text_stream import Said, TurnText
@@ -249,7 +250,3 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 def _invalid(param: str, says: str) -> ApiError:
     return ApiError(400, "invalid_request", f"{param} {says}", param=param)
-
-
-def too_late() -> ApiError:
-    return ApiError(504, "deadline_exceeded", "the answer took longer than this server allows (http.deadline_s)")

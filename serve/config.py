@@ -7,25 +7,19 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rl.config import Dtype
+from rl.config import VllmConfig
 from rl.config_base import Strict
 from rl.config_env import EnvConfig, SandboxConfig
 
 
-class ServeEngine(Strict):
-    """One replica's vLLM engine, and what its actor may use. Settings as of `generator` in a run's configuration."""
+class ServeEngine(VllmConfig):
+    """One replica's vLLM engine, and what its actor may use."""
 
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
     threads: PositiveInt = 1
-    dtype: Dtype | None = None
     max_length: PositiveInt | None = None
     """Tokens of a whole conversation. Default: model.max_length of the run."""
-    max_sequences: PositiveInt = 128
-    kv_cache_gib: PositiveInt = 1
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    tensor_parallel: PositiveInt = 1
-    enforce_eager: bool | None = None
     trust_remote_code: bool = False
     keep_sampled_turns: bool = False
 

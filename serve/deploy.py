@@ -12,7 +12,7 @@ from actors.role import bound_threads
 from rl.config_file import ConfigError
 from serve.config import ServeConfig
 from serve.keys import KeyRing, handed_on, refuse_public
-from serve.resolve import resolve, source_of
+from serve.resolve import resolve
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -36,8 +36,8 @@ def app(args: dict[str, Any]) -> "Application":
         f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
         for key, value in (args.get("set") or {}).items()
     ]
-    config = resolve(str(args["what"]), overrides)
-    keys = KeyRing.of(config.keys, source_of(config).dir)
+    config, source = resolve(str(args["what"]), overrides)
+    keys = KeyRing.of(config.keys, source.dir)
     refuse_public(_listens_on(config), keys)
     return application(handed_on(config, keys))
 

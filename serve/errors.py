@@ -1,5 +1,6 @@
 """What a request can be refused with. Every error that leaves the server has OpenAI's shape."""
 
+import traceback
 from typing import Any
 
 _TYPES = {
@@ -37,3 +38,8 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+def places(error: BaseException) -> str:
+    """Where an error came from, for a log: its text may be what somebody has written."""
+    return "".join(traceback.format_tb(error.__traceback__))

@@ -8,7 +8,6 @@ conversation: a turn that was retried; and a correction against what it corrects
 replicas write beside each other, and deleting them leaves nothing of it.
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from rl.env import Message
 from serve.errors import ApiError
@@ -95,8 +95,7 @@ class Feedback:
     def _alone(self) -> Iterator[None]:
         """What is read is what is replaced, whoever else writes."""
         self._ratings.mkdir(parents=True, exist_ok=True)
-        with (self._pairs / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self._pairs / ".lock"):
             yield
 
 

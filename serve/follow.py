@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.faults import named
+from rl import checkpoint
 from rl.config_file import ConfigError
 from serve.config import ServeConfig
 from serve.release import Release
-from serve.release_files import Origin, checkpoints, held_out, success_of
+from serve.release_files import Origin, held_out, success_of
 from serve.releases import Book
 from serve.resolve import followed, source_of
 from serve.store_release import ask, find_store, write_version
@@ -122,7 +123,7 @@ class Follower:
         """The newest that is as it was written, of those that were not looked at before."""
         refused: list[str] = []
         looked = False
-        for folder in checkpoints(self._run):
+        for folder in checkpoint.folders(self._run):
             if self._mark(folder) in self._looked_at:
                 break
             looked, wrong = True, self._take(folder)

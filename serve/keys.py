@@ -5,7 +5,6 @@ choose among few; a secret of 32 random bytes is not found by guessing, whatever
 keeps it as safely and does not slow each request. The id is for people and logs: no key is looked up by it.
 """
 
-import fcntl
 import hashlib
 import hmac
 import ipaddress
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from rl.config_file import ConfigError
 from serve.config import KeysConfig, ServeConfig
@@ -70,8 +71,7 @@ def read_keys(file: Path) -> list[Key]:
 def changing_keys(file: Path) -> Iterator[list[Key]]:
     """The file's keys, to be changed in place; written when the block ends well. One process at a time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(file.with_name(f".{file.name}.lock")):
         keys = read_keys(file) if file.exists() else []
         yield keys
         partial = file.with_name(f".{file.name}")

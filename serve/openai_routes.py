@@ -4,37 +4,27 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from rl.env import InfraError
-from serve.completions import Asked, Completions, Turn, too_late
+from serve.attended import SSE_HEADERS, ClientGone, attended, refusal
+from serve.completions import Asked, Completions, Turn
 from serve.errors import ApiError
 from serve.openai_answers import JSON, Answer
 from serve.openai_schema import ChatRequest, CompletionRequest, parse, schema, text_of
-from serve.versions import UnknownVersion
 
 if TYPE_CHECKING:
     from serve.service import Service
 
-log = logging.getLogger("repertory.serve")
-
-_T = TypeVar("_T")
-_SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _RESPONSES: dict[int | str, Any] = {
     200: {"description": "OpenAI's answer, with `weight_version`; server-sent events when `stream` is true"},
     "4XX": {"description": "OpenAI's error: what is wrong with the request"},
     "5XX": {"description": "OpenAI's error: what is wrong here"},
 }
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any longer."""
 
 
 def router(service: "Service") -> APIRouter:
@@ -91,49 +81,11 @@ def router(service: "Service") -> APIRouter:
             except BaseException:
                 await events.aclose()
                 raise
-            return _Events(_sent(first, events), media_type="text/event-stream", headers={**_SSE_HEADERS, **headers})
+            return _Events(_sent(first, events), media_type="text/event-stream", headers={**SSE_HEADERS, **headers})
         except ClientGone:
             return Response(status_code=499)
-        except (InfraError, UnknownVersion) as error:
-            raise refusal(error) from error
 
     return routes
-
-
-async def attended(request: Request, work: Awaitable[_T], deadline_s: float) -> _T:
-    """The result of work that ends when nobody waits for it any longer, or it takes too long.
-
-    Raises ClientGone, or ApiError 504.
-    """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        done, _ = await asyncio.wait((task, gone), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
-        if task in done:
-            return task.result()
-        raise ClientGone if done else too_late()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def refusal(error: Exception) -> ApiError:
-    """What a client is told of an error."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, InfraError):
-        log.error("a request failed: %s", type(error).__name__)
-        return ApiError(503, "unavailable", "the engine cannot answer now: try again", retry_after_s=1)
-    if isinstance(error, UnknownVersion):
-        return ApiError(503, "version_unavailable", f"{error}: try again", param="model", retry_after_s=1)
-    log.exception("a request failed", exc_info=error)
-    return ApiError(500, "internal_error", "the server failed at this request; its log says why")
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import time
-import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -23,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.asgi import BoundedSocket, Client, Headers, has_body, read_body, refuse
-from serve.errors import ApiError
+from serve.errors import ApiError, places
 from serve.keys import ANONYMOUS, Caller, is_loopback
 from serve.metrics import Metrics
 from serve.request_id import request_id_of, with_request_id
@@ -102,8 +101,7 @@ class Protection:
                 return
             if not isinstance(error, ApiError):
                 # Its text may hold what somebody wrote, so that only the places are told.
-                where = "".join(traceback.format_tb(error.__traceback__))
-                _log.error("%s failed: %s\n%s", exchange.id, type(error).__name__, where)
+                _log.error("%s failed: %s\n%s", exchange.id, type(error).__name__, places(error))
                 error = ApiError(500, "internal_error", f"The server failed; its log has request {exchange.id}")
             self._metrics.error(error.code)
             if exchange.status is None:

@@ -10,7 +10,7 @@ from rich.text import Text
 from rl import checkpoint
 from rl.config_file import ConfigError
 from serve.release import Release, Releases
-from serve.release_files import checkpoints, held_out
+from serve.release_files import held_out
 from serve.releases import Book
 
 
@@ -69,7 +69,7 @@ def _found(book: Book, place: Path, wanted: str) -> int:
     folder = _checkpoint(run, wanted, number)
     release = book.add(folder) if folder is not None else _release(book.read(), wanted)
     if release is None:
-        steps = ", ".join(path.name for path in checkpoints(run)) or "none"
+        steps = ", ".join(path.name for path in checkpoint.folders(run)) or "none"
         ready = ", ".join(str(r.version) for r in book.read().ready) or "none"
         raise ConfigError(
             f"there is no version {wanted}. Versions: {ready}. Checkpoints of the run: {steps}. Or say best, or latest"
@@ -82,7 +82,7 @@ def _checkpoint(run: Path, wanted: str, number: int | None) -> Path | None:
         return checkpoint.newest(run)
     if wanted == "best":
         return _best_checkpoint(run)
-    for folder in checkpoints(run):
+    for folder in checkpoint.folders(run):
         if folder.name == wanted or (number is not None and _version(folder) == number):
             return folder
     return None
@@ -92,7 +92,7 @@ def _best_checkpoint(run: Path) -> Path | None:
     """As the run has marked it where it evaluates as it goes, or else by its evaluations."""
     if (best := checkpoint.best(run)) is not None:
         return run / "checkpoints" / f"step={best['step']}"
-    steps = {folder.name: folder for folder in checkpoints(run)}
+    steps = {folder.name: folder for folder in checkpoint.folders(run)}
     known = [line for line in held_out(run) if f"step={line['step']}" in steps]
     return steps[f"step={max(known, key=lambda line: line['success'])['step']}"] if known else None
 

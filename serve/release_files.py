@@ -85,12 +85,6 @@ def link_files(source: Path, target: Path) -> None:
             shutil.copy2(path, target / path.name)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The run's, the newest first."""
-    found = [path for path in (run / "checkpoints").glob("step=*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.partition("=")[2]), reverse=True)
-
-
 def origin_of(folder: Path) -> Origin:
     """A checkpoint knows its version, and its run that version's success; any other model is version 0.
 

@@ -7,7 +7,6 @@
 Several replicas, the follower and the command read and change it: under a lock, and written whole.
 """
 
-import fcntl
 import json
 import shutil
 import tempfile
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
+
+from filelock import FileLock
 
 from rl import checkpoint
 from rl.config_file import ConfigError
@@ -61,8 +62,7 @@ class Book:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "releases.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self.folder / "releases.lock"):
             yield
 
     def _change(self, change: Callable[[Releases], Releases]) -> Releases:

@@ -15,6 +15,8 @@ from rl.config_file import ConfigError, apply_overrides, checked, load_config, r
 from rl.config_stage import EvalStage
 from rl.pretrained import ModelNotFound, find_model
 from serve.config import ServeConfig
+from serve.release_files import origin_of
+from serve.releases import Book
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Source:
     name: str
 
 
-def resolve(what: str, overrides: Sequence[str] = ()) -> ServeConfig:
-    """The server's configuration. Raises ConfigError."""
+def resolve(what: str, overrides: Sequence[str] = ()) -> tuple[ServeConfig, Source]:
+    """The server's configuration, and what it is made of. Raises ConfigError."""
     path = Path(what)
     node: Any = None
     if path.suffix in (".yaml", ".yml"):
@@ -49,7 +51,7 @@ def resolve(what: str, overrides: Sequence[str] = ()) -> ServeConfig:
     source = source_of(config)
     if config.follow.source == "run":
         followed(config, source)
-    return config
+    return config, source
 
 
 def followed(config: ServeConfig, source: Source) -> Path:
@@ -62,7 +64,7 @@ def followed(config: ServeConfig, source: Source) -> Path:
 def source_of(config: ServeConfig) -> Source:
     """Raises ConfigError when there is no model to serve."""
     path = Path(config.model)
-    folder = checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
+    folder = _newest(path, config) if (path / "checkpoints").is_dir() else path
     if folder is None:
         raise ConfigError(f"{path} is a run without a checkpoint that could be served: train it first, or --resume it")
     if path.suffix in (".yaml", ".yml"):
@@ -85,6 +87,24 @@ def source_of(config: ServeConfig) -> Source:
         trained, own_env, run, name = _untrained(config), False, None, config.name or folder.name
     where = Path(config.dir) if config.dir else run / "serve" if run else Path("runs") / f"serve-{name}"
     return Source(folder, run, trained, own_env, where, name)
+
+
+def _newest(run: Path, config: ServeConfig) -> Path | None:
+    """The newest checkpoint that can be served. One that is a release has been read whole before, and is not again."""
+    where = Path(config.dir) if config.dir else run / "serve"
+    ready = {release.version for release in Book(where).read().ready}
+    for folder in checkpoint.folders(run):
+        if _version(folder) in ready or checkpoint.damage(folder) is None:
+            return folder
+    return None
+
+
+def _version(folder: Path) -> int | None:
+    """None of a checkpoint that cannot say."""
+    try:
+        return origin_of(folder).version
+    except ConfigError:
+        return None
 
 
 def _means_a_folder(model: str) -> bool:

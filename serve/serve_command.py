@@ -17,7 +17,7 @@ from serve.keys import KeyRing, handed_on, refuse_public
 from serve.release import Releases
 from serve.release_files import origin_of
 from serve.releases import Book
-from serve.resolve import Source, resolve, source_of
+from serve.resolve import Source, resolve
 
 PROXY_GUARD = "serve.proxy_guard:middlewares"
 _CLOSE_S = 10.0
@@ -26,8 +26,7 @@ _CLOSE_S = 10.0
 
 def serve(what: str, overrides: Sequence[str], console: Console) -> None:
     """Serve until SIGINT or SIGTERM. Raises ConfigError."""
-    config = resolve(what, overrides)
-    source = source_of(config)
+    config, source = resolve(what, overrides)
     keys = KeyRing.of(config.keys, source.dir)
     refuse_public(config.http.host, keys)
     releases = _begin(config, source)

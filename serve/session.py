@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-import traceback
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from rl.episode import Identity, run_episode
 from rl.policy import Sampling
 from rl.task import BadTask
 from serve.ask import Ask, check, retried_from
-from serve.errors import ApiError
+from serve.errors import ApiError, places
 from serve.journal import Event, History, Journal, TurnUnderWay, fold
 from serve.live import Feed, Live, NotReplayable
 from serve.versions import UnknownVersion
@@ -41,6 +40,7 @@ _UNWRITTEN = {
     "message": "the session cannot be written now: post a turn without content to go on",
     "resume": True,
 }
+_DELETED = {"type": "error", "code": "session_not_found", "message": "the session was deleted", "resume": False}
 _UNSEEN_S = 10.0
 """How long a turn goes on whose events nobody has begun to read."""
 
@@ -120,6 +120,7 @@ class Session:
                 409, "turn_under_way", "a turn of this session is under way: wait for it, or stop it"
             ) from None
         try:
+            self._wish.unlink(missing_ok=True)  # one that came when the turn before had ended
             after = len(self.journal.events) - 1
             self._prepare(ask)
         except BaseException:
@@ -212,7 +213,7 @@ class Session:
         else:
             code, message, resume = "env_failed", f"the environment failed: {name}", False
         if code in ("env_failed", "storage_failed"):  # without the error's text, which may be what somebody has written
-            log.error("session %s: %s\n%s", self.id, name, "".join(traceback.format_tb(error.__traceback__)))
+            log.error("session %s: %s\n%s", self.id, name, places(error))
         self._service.metrics.error(code)
         return {"kind": "error", "code": code, "message": message, "resume": resume}
 
@@ -278,9 +279,10 @@ class Session:
                     return
                 try:
                     await self._wait(news)
-                except OSError:  # no event can be written: this one is nowhere but here
+                except OSError as error:  # no event can be written: this one is nowhere but here
                     ended = True
-                    yield {**_UNWRITTEN, "seq": at - 1, "time": time.time()}
+                    told = _DELETED if isinstance(error, FileNotFoundError) else _UNWRITTEN
+                    yield {**told, "seq": at - 1, "time": time.time()}
                     return
         finally:
             self.followers -= 1
@@ -337,6 +339,7 @@ class Session:
 
     @property
     def _wish(self) -> Path:
+        """A file that asks whoever plays the turn to stop it."""
         return self.journal.path.with_suffix(".stop")
 
     def stop(self) -> bool:

@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
 from serve.ask import Ask, counted
+from serve.attended import SSE_HEADERS, ClientGone, attended
 from serve.errors import ApiError
 from serve.journal import Event, fold
 from serve.keys import Caller
-from serve.openai_routes import ClientGone, attended
 from serve.schema import FeedbackRequest, SessionRequest, TurnRequest
 from serve.session import Session
 
@@ -25,7 +25,6 @@ _MOST = (1 << 31) - 1
 _SLACK_S = 5.0
 """After a turn's own deadline: what it ends with is still to be told."""
 Id = Annotated[str, Path(max_length=100)]
-_SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 def caller_of(connection: Request | WebSocket) -> Caller:
@@ -48,7 +47,7 @@ async def _stream(session: Session, after: int) -> AsyncIterator[bytes]:
 
 
 def _streamed(session: Session, after: int) -> StreamingResponse:
-    headers = {**_SSE_HEADERS, "x-weight-version": str(session.version)}
+    headers = {**SSE_HEADERS, "x-weight-version": str(session.version)}
     return StreamingResponse(_stream(session, after), media_type="text/event-stream", headers=headers)
 
 

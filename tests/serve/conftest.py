@@ -3,14 +3,17 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import uvicorn
+from asking import Played, client_of, have_said
 from running import SMALL, repertory
 
 
@@ -79,6 +82,25 @@ def serving(config: Any) -> Iterator[Server]:
     thread.join(30)
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def api(server: Server) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client."""
+    with client_of(server) as made:
+        yield made
+
+
+@pytest.fixture
+def play(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Played]:
+    """Have turns said that are written, in place of what the engine samples: `play("12", slow=True)`."""
+    return partial(have_said, server, monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves the trained run's SFT checkpoint, version 1, and knows its final one, version 2."""
@@ -87,6 +109,7 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("server")
     first = next(p for p in sorted((trained / "checkpoints").glob("step=*")) if p.name == "step=20")
     settings = [f"dir={folder}", "name=agent", "tools=[calculator, python]", "sessions.disconnect_grace_s=0.5"]
-    for made in serving(resolve(str(first), settings)):
+    config, _ = resolve(str(first), settings)
+    for made in serving(config):
         made.service.book.add(trained / "checkpoints" / "latest")
         yield made

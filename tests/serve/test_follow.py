@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.numpy import save_file
+from run_folders import evaluate, make_checkpoint
 from safetensors.torch import load_file
 
 from actors.role import bound_threads, remote_class
 from actors.weight_store import WeightStore
-from rl import checkpoint
-from rl.checkpoint import State
 from rl.config_file import ConfigError
 from rl.weights import Manifest, checksum, pack, plan_buckets
 from serve.config import ServeConfig
@@ -28,21 +26,6 @@ from serve.releases import Book
 
 NAMESPACE = "test-follow"
 PROBE = (5, 6, 7, 8)
-
-
-def make_checkpoint(run: Path, step: int, version: int) -> Path:
-    with checkpoint.writing(run, step) as folder:
-        save_file({"weight": np.full((4, 4), version, np.float32)}, folder / "model.safetensors")
-        (folder / "config.json").write_text("{}")
-        (folder / "tokenizer.json").write_text('{"a": 1}')
-        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "model.safetensors"}}')
-        checkpoint.write_state(folder, State(0, step, step, version, 0))
-    return run / "checkpoints" / f"step={step}"
-
-
-def evaluate(run: Path, step: int, version: int, success: float, split: str = "held_out") -> None:
-    with (run / "eval.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "version": version, "success": success, "split": split}) + "\n")
 
 
 @pytest.fixture

@@ -271,8 +271,7 @@ def test_what_deploys_hands_its_keys_on(tmp_path, monkeypatch, start: Callable[[
         raise Deployed
 
     for module in (serve_command, deploy):
-        monkeypatch.setattr(module, "resolve", lambda *_: config)
-        monkeypatch.setattr(module, "source_of", lambda _: SimpleNamespace(dir=tmp_path))
+        monkeypatch.setattr(module, "resolve", lambda *_: (config, SimpleNamespace(dir=tmp_path)))
     monkeypatch.setattr(serve_command, "_begin", lambda *_: None)
     monkeypatch.setattr(serve_command, "_deploy", deploying)
     monkeypatch.setattr(deploy, "_listens_on", lambda _: "0.0.0.0")

@@ -2,27 +2,14 @@
 
 import json
 import time
-from functools import partial
 
 import httpx
 import openai
 import pytest
-from asking import ASKED, chat, client_of, have_said
+from asking import ASKED, chat
 
 from rl.engine import EngineError
 from rl.envs.calculator import TOOL
-
-
-@pytest.fixture
-def client(server):
-    with client_of(server) as made:
-        yield made
-
-
-@pytest.fixture
-def play(server, monkeypatch):
-    return partial(have_said, server, monkeypatch)
-
 
 # -- refusals ------------------------------------------------------------------------------------------------------
 
@@ -70,8 +57,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "param"), REFUSED, ids=[str(param) + str(i) for i, (_, param) in enumerate(REFUSED)])
 def test_what_cannot_be_done_is_refused_by_the_fields_name(server, body, param):
-    with server.client() as client:
-        answer = client.post("/v1/chat/completions", json={"model": "agent", "messages": [MESSAGE], **body})
+    with server.client() as api:
+        answer = api.post("/v1/chat/completions", json={"model": "agent", "messages": [MESSAGE], **body})
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (400, "invalid_request_error", "invalid_request")
     assert error["param"] == param and param.split(".")[0] in error["message"]
@@ -94,8 +81,8 @@ TEXTS_REFUSED = [
 
 @pytest.mark.parametrize(("body", "param"), TEXTS_REFUSED)
 def test_texts_that_cannot_go_on(server, body, param):
-    with server.client() as client:
-        answer = client.post("/v1/completions", json={"model": "agent", "prompt": "x", **body})
+    with server.client() as api:
+        answer = api.post("/v1/completions", json={"model": "agent", "prompt": "x", **body})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
@@ -116,68 +103,68 @@ def test_texts_that_cannot_go_on(server, body, param):
     ids=["empty", "cut", "list", "null", "bytes", "surrogate", "nul", "nan", "huge", "deep"],
 )
 def test_what_is_no_json_is_refused(server, raw):
-    with server.client() as client:
-        answer = client.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
+    with server.client() as api:
+        answer = api.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
 
 
-def test_what_json_can_say_is_text(client, play, server):
+def test_what_json_can_say_is_text(api, play, server):
     played = play("12")
-    chat(client, messages=[{"role": "user", "content": "a\u0000b \u2028 \U0010ffff"}])
+    chat(api, messages=[{"role": "user", "content": "a\u0000b \u2028 \U0010ffff"}])
     assert "a\u0000b \u2028 \U0010ffff" in server.service.codec.text(played.contexts[0])
 
 
 def test_an_argument_that_is_half_a_character_is_refused(server):
     call = {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
     body = {"model": "agent", "messages": [MESSAGE, {"role": "assistant", "tool_calls": [call]}]}
-    with server.client() as client:
-        assert client.post("/v1/chat/completions", json=body).status_code == 400
+    with server.client() as api:
+        assert api.post("/v1/chat/completions", json=body).status_code == 400
 
 
-def test_unknown_fields_are_ignored(client, play):
+def test_unknown_fields_are_ignored(api, play):
     play("12")
-    assert chat(client, extra_body={"service_tier": "auto", "reasoning_effort": "low", "anything": [1]}).choices
+    assert chat(api, extra_body={"service_tier": "auto", "reasoning_effort": "low", "anything": [1]}).choices
 
 
-def test_unknown_models(client):
+def test_unknown_models(api):
     for model in ("gpt-4o", "agent@77", "agent@01"):
         with pytest.raises(openai.NotFoundError) as refused:
-            chat(client, model=model)
+            chat(api, model=model)
         assert refused.value.code == "model_not_found"
 
 
-def test_a_prompt_that_is_too_long_says_by_how_much(client, server):
+def test_a_prompt_that_is_too_long_says_by_how_much(api, server):
     codec, text = server.service.codec, "12+" * 150
     over = len(codec.prompt([{"role": "user", "content": text}])) + 1 - 320
     assert over > 0
     with pytest.raises(openai.BadRequestError) as refused:
-        chat(client, messages=[{"role": "user", "content": text}])
+        chat(api, messages=[{"role": "user", "content": text}])
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
     assert f": {over} too many" in refused.value.message and "320" in refused.value.message
 
 
-def test_max_tokens_beyond_the_room(client, server, play):
+def test_max_tokens_beyond_the_room(api, server, play):
     codec = server.service.codec
     long = [{"role": "user", "content": "1" * 290}]
     room = 320 - len(codec.prompt(long))
     assert 0 < room < 40
     for name in ("max_tokens", "max_completion_tokens"):
         with pytest.raises(openai.BadRequestError) as refused:
-            chat(client, messages=long, **{name: room + 3})
+            chat(api, messages=long, **{name: room + 3})
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", name)
         assert f"is 3 more than the {room} tokens" in refused.value.message
     played = play("12")
-    chat(client, messages=long)
+    chat(api, messages=long)
     assert played.asked[0][0].max_tokens == room
 
 
-def test_a_template_that_refuses_messages_is_the_clients_error(client, server, monkeypatch):
+def test_a_template_that_refuses_messages_is_the_clients_error(api, server, monkeypatch):
     def refuses(*_):
         raise ValueError("roles must alternate")
 
     monkeypatch.setattr(server.service.codec, "conversation", refuses)
     with pytest.raises(openai.BadRequestError, match="roles must alternate"):
-        chat(client)
+        chat(api)
 
 
 # -- ends ----------------------------------------------------------------------------------------------------------
@@ -197,9 +184,9 @@ def begun(played, count=1) -> None:
     assert played.under_way == count
 
 
-def test_a_client_that_leaves_a_stream_frees_the_engine(client, play):
+def test_a_client_that_leaves_a_stream_frees_the_engine(api, play):
     played = play("one two three", slow=True, after=4)
-    stream = chat(client, stream=True, n=3)
+    stream = chat(api, stream=True, n=3)
     next(iter(stream))
     begun(played, 3)
     stream.close()
@@ -210,8 +197,8 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(client, play):
 def test_a_client_that_leaves_before_the_first_token_frees_the_engine(server, play, stream):
     played = play("one", slow=True, after=-9)
     body = {"model": "agent", "messages": ASKED, "n": 2, "stream": stream}
-    with server.client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=body, timeout=0.5)
+    with server.client() as api, pytest.raises(httpx.ReadTimeout):
+        api.post("/v1/chat/completions", json=body, timeout=0.5)
     assert len(played.asked) == 2
     left(played)
 
@@ -222,18 +209,18 @@ def hurried(server, monkeypatch):
     monkeypatch.setattr(server.service, "config", server.service.config.model_copy(update={"http": http}))
 
 
-def test_a_request_that_takes_too_long_is_ended(client, play, hurried):
+def test_a_request_that_takes_too_long_is_ended(api, play, hurried):
     for stream in (False, True):
         played = play("one two", slow=True, after=-9)
         with pytest.raises(openai.APIStatusError) as late:
-            chat(client, stream=stream)
+            chat(api, stream=stream)
         assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
         left(played)
 
 
-def test_a_stream_that_takes_too_long_ends_with_an_error(client, play, hurried):
+def test_a_stream_that_takes_too_long_ends_with_an_error(api, play, hurried):
     played = play("one two three", slow=True, after=3)
-    stream = chat(client, stream=True)
+    stream = chat(api, stream=True)
     next(iter(stream))
     with pytest.raises(openai.APIError) as late:
         list(stream)
@@ -241,15 +228,15 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(client, play, hurried):
     left(played)
 
 
-def test_an_engine_that_has_died(client, play):
+def test_an_engine_that_has_died(api, play):
     for stream in (False, True):
         play("one two three", error=EngineError("the engine has died: private words"), after=-99)
         with pytest.raises(openai.InternalServerError) as dead:
-            chat(client, stream=stream)
+            chat(api, stream=stream)
         assert (dead.value.status_code, dead.value.code) == (503, "unavailable")
         assert "private" not in dead.value.message
     play("one two three", error=EngineError("dead"), after=3)
-    stream = chat(client, stream=True)
+    stream = chat(api, stream=True)
     next(iter(stream))
     with pytest.raises(openai.APIError) as dead:
         list(stream)
@@ -257,8 +244,8 @@ def test_an_engine_that_has_died(client, play):
 
 
 def test_the_schema_says_what_is_refused(server):
-    with server.client() as client:
-        paths = client.get("/openapi.json").json()["paths"]
+    with server.client() as api:
+        paths = api.get("/openapi.json").json()["paths"]
     body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["model", "messages"] and "$ref" not in json.dumps(body)
     assert body["properties"]["audio"]["type"] == "null"

@@ -10,31 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from run_folders import evaluate, make_checkpoint
 from safetensors.numpy import save_file
 
 from rl import checkpoint
-from rl.checkpoint import State
 from rl.config_file import ConfigError
 from serve.errors import ApiError
 from serve.release import Release, Releases
 from serve.release_command import list_releases, promote, rollback
 from serve.releases import Book
-
-
-def make_checkpoint(run: Path, step: int, version: int) -> Path:
-    """As rl/checkpoint.py writes one, with weights that say which it is."""
-    with checkpoint.writing(run, step) as folder:
-        save_file({"weight": np.full((4, 4), version, np.float32)}, folder / "model.safetensors")
-        (folder / "config.json").write_text("{}")
-        (folder / "learner").mkdir()
-        (folder / "learner" / "state.pt").write_bytes(b"x" * 1000)
-        checkpoint.write_state(folder, State(0, step, step, version, 0))
-    return run / "checkpoints" / f"step={step}"
-
-
-def evaluate(run: Path, step: int, version: int, success: float, split: str = "held_out") -> None:
-    with (run / "eval.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "version": version, "success": success, "split": split}) + "\n")
 
 
 @pytest.fixture
@@ -174,7 +158,8 @@ def test_a_release_outlives_its_checkpoint_and_leaves_the_learners_state_behind(
     folder = Path(release.folder)
     assert (release.step, release.source, release.state) == (20, str(run), "ready")
     shutil.rmtree(run / "checkpoints" / "step=20")
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "state.json"]
+    served = {"config.json", "model.safetensors", "model.safetensors.index.json", "state.json", "tokenizer.json"}
+    assert {p.name for p in folder.iterdir()} == served
     assert folder == run / "serve" / "versions" / "2"
 
 

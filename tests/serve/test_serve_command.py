@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import ray
 from ray import serve as ray_serve
+from run_folders import make_checkpoint
 
-from rl.config_file import ConfigError
+from rl import checkpoint
+from rl.config_file import ConfigError, dump_config
 from serve import serve_command
 from serve.agent import Agent
 from serve.config import ServeConfig
 from serve.deploy import APPLICATION, application, grace_s
-from serve.resolve import resolve
+from serve.releases import Book
+from serve.resolve import resolve, source_of
 
 
 @pytest.fixture
@@ -88,3 +91,23 @@ def test_to_follow_what_is_of_no_run_is_refused_at_once(tmp_path):
     resolve(str(tmp_path))
     with pytest.raises(ConfigError, match="of no run that could be followed"):
         resolve(str(tmp_path), ["follow.source=run"])
+
+
+def test_a_checkpoint_that_is_a_release_is_not_read_whole_again(tmp_path, monkeypatch, quickstart_config):
+    """Each replica looks for the newest one when it starts, and one of a large model takes minutes to read."""
+    run, read = tmp_path / "agent", []
+    for version in (1, 2):
+        folder = make_checkpoint(run, 10 * version, version)
+        (folder / "repertory.yaml").write_text(dump_config(quickstart_config()))
+    whole = checkpoint.damage
+    monkeypatch.setattr(checkpoint, "damage", lambda folder: read.append(folder.name) or None)
+    config, source = resolve(str(run))
+    assert (source.model.name, read) == ("step=20", ["step=20"])
+    monkeypatch.setattr("serve.releases.damage", lambda folder: None)
+    Book(source.dir).begin(source.model)
+    read.clear()
+    assert (source_of(config).model, read) == (source.model, [])
+    monkeypatch.setattr(checkpoint, "damage", whole)
+    newest = make_checkpoint(run, 30, 3)
+    (newest / "model.safetensors").write_bytes(b"x")
+    assert source_of(config).model == source.model

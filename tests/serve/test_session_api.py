@@ -11,12 +11,6 @@ from talking import code, events_of, made, said, types
 from websockets.sync.client import connect
 
 
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
 def test_a_conversation_goes_on_turn_by_turn(client):
     session = made(client, tools="calculator", seed=3, max_tokens=12)
     first = said(client, session, "12+34")
@@ -195,38 +189,45 @@ def test_a_tool_that_answers_otherwise_than_before_leaves_the_agent_with_what_it
     assert turn["context"] == len(context) + len(turn["token_ids"])
 
 
-def test_a_stopped_turn_does_not_count_and_the_session_goes_on(client):
-    session = made(client, seed=1, max_tokens=250)
+def test_a_stopped_turn_does_not_count_and_the_session_goes_on(client, play):
+    session = made(client)
+    played = play("one two three", slow=True, after=2)
     with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
         lines = stream.iter_lines()
         assert any(line == "event: tokens" for line in lines)
         assert client.post(f"/v1/sessions/{session}/stop").json()["stopped"] is True
         rest = list(lines)
     assert "event: stopped" in rest
+    assert played.under_way == 0
     assert client.get(f"/v1/sessions/{session}").json()["turns"] == 0
     assert client.post(f"/v1/sessions/{session}/stop").json()["stopped"] is False
+    play("fine")
     assert types(said(client, session))[-1] == "waiting"  # it answers what was said before
 
 
-def test_a_client_that_is_gone_frees_the_engine_after_a_while_and_one_that_comes_back_does_not_lose_a_token(
-    client, server
+def test_a_client_that_comes_back_within_the_grace_finds_its_turn_going_on_and_one_that_does_not_frees_the_engine(
+    client, play
 ):
-    session = made(client, seed=2, max_tokens=280, temperature=1.5)
-    with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
-        next(line for line in stream.iter_lines() if line == "event: tokens")
-    with client.stream("GET", f"/v1/sessions/{session}/events") as stream:  # back within the grace
-        stream.read()
-        back = events_of(stream)
-    assert types(back)[-1] in ("waiting", "stopped")
-    assert [e["seq"] for e in back] == list(range(len(back)))
+    session = made(client)
+    played = play("one two three", slow=True, after=2)
+    for again in (False, True):
+        path, method = ("events", "GET") if again else ("turns", "POST")
+        body = {} if again else {"json": {"content": "talk"}}
+        with client.stream(method, f"/v1/sessions/{session}/{path}", **body) as stream:
+            next(line for line in stream.iter_lines() if line == "event: tokens")
+            assert played.under_way == 1
     deadline = time.monotonic() + 10
-    while server.service.versions.in_flight and time.monotonic() < deadline:
+    while played.under_way and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert server.service.versions.in_flight == 0
+    assert played.under_way == 0
+    seen = events_of(client.get(f"/v1/sessions/{session}/events"))
+    assert (seen[-1]["type"], seen[-1]["reason"]) == ("stopped", "disconnected")
+    assert [e["seq"] for e in seen] == list(range(len(seen)))
 
 
-def test_one_turn_at_a_time(client):
-    session = made(client, seed=1, max_tokens=250)
+def test_one_turn_at_a_time(client, play):
+    session = made(client)
+    play("one two three", slow=True, after=2)
     with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
         next(line for line in stream.iter_lines() if line == "event: turn_start")
         assert code(client.post(f"/v1/sessions/{session}/turns", json={"content": "more"})) == (409, "turn_under_way")
