@@ -41,7 +41,7 @@ def demonstrated(question: str, turn: int) -> Message:
 @dataclass
 class Server:
     """says: (question, turn, body) -> a message, or a whole response; fault: (number of the request) -> a response, or
-    none. bodies and headers hold what came in, played how often
+    none. bodies and headers hold what came in, faults how many requests had one, played how often
     each (model, question, turn, temperature, seed) was answered, most how many were under way at once."""
 
     says: Callable[[str, int, dict[str, Any]], Any] = lambda question, turn, body: demonstrated(question, turn)
@@ -57,9 +57,11 @@ class Server:
     flying: int = 0
     most: int = 0
     requests: int = 0
+    faults: int = 0
 
     async def answer(self, request: Request) -> Response:
         self.requests += 1
+        number = self.requests  # others come in while this one's body is read
         self.flying += 1
         self.most = max(self.most, self.flying)
         try:
@@ -71,7 +73,8 @@ class Server:
                 return JSONResponse({"error": {"message": told}}, 401)
             if body["model"] not in self.models:
                 return JSONResponse({"error": {"message": f"The model `{body['model']}` does not exist"}}, 404)
-            if (wrong := self.fault(self.requests)) is not None:
+            if (wrong := self.fault(number)) is not None:
+                self.faults += 1
                 return wrong
             await asyncio.sleep(self.delay_s)
             question = next(m["content"] for m in body["messages"] if m["role"] == "user")
