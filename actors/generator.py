@@ -106,15 +106,11 @@ class Generator(AsyncRole):
         config, g, lora = self._config, self._config.generator, self._config.learner.lora
         self._engine = Engine(
             model_path,
-            EngineOptions(
+            EngineOptions.of(
+                g,
                 dtype=config.generator_dtype,
                 max_length=config.model.max_length,
-                max_sequences=g.max_sequences,
                 device=self._device,
-                kv_cache_gib=g.kv_cache_gib,
-                gpu_memory_utilization=g.gpu_memory_utilization,
-                tensor_parallel=g.tensor_parallel,
-                enforce_eager=g.enforce_eager,
                 trust_remote_code=config.model.trust_remote_code,
                 linger_s=_LINGER_S,
                 sleep_mode=config.placement.time_share,

@@ -10,6 +10,8 @@ from rl.adapter import target_names_in
 if TYPE_CHECKING:
     from vllm import EngineArgs
 
+    from rl.config import VllmConfig
+
 IN_PROCESS = "in_process"
 FROM_FOLDER = "from_folder"
 
@@ -34,6 +36,12 @@ class EngineOptions:
     """The largest rank that `Engine.load_adapter` may load. Default: no adapters."""
     lora_targets: str | Sequence[str] = "all-linear"
     """The layers that an adapter may sit on, as in LoraConfig.targets. Weights for others are not applied."""
+
+    @classmethod
+    def of(cls, engine: "VllmConfig", *, dtype: str, **more: Any) -> "EngineOptions":
+        """What a configuration says of an engine, and what its holder does."""
+        same = ("tensor_parallel", "gpu_memory_utilization", "kv_cache_gib", "max_sequences", "enforce_eager")
+        return cls(dtype=engine.dtype or dtype, **{name: getattr(engine, name) for name in same}, **more)
 
 
 def engine_args(model_path: str, options: EngineOptions) -> "EngineArgs":

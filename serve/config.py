@@ -17,7 +17,8 @@ class ServeEngine(VllmConfig):
 
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
-    threads: PositiveInt = 1
+    threads: PositiveInt | None = None
+    """Default: one for a model as small as the quickstart's, for others a replica's part of this machine's cores."""
     max_length: PositiveInt | None = None
     """Tokens of a whole conversation. Default: model.max_length of the run."""
     trust_remote_code: bool = False
@@ -30,6 +31,9 @@ class AutoscaleConfig(Strict):
     min: int = Field(default=1, ge=1)
     max: PositiveInt = 4
     target_in_flight: PositiveFloat = 32.0
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    """How long there must have been too few of them before one is added."""
+    downscale_delay_s: float = Field(default=300.0, ge=0)
 
 
 class HttpConfig(Strict):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 APPLICATION = "repertory"
 _SLACK = 64
 """Requests beyond those that generate: of health, models, pages, and what is refused."""
+_COUNT_S = 2.0
+"""How often the requests under way are counted that replicas are added for."""
 _LONGEST_GRACE_S = 120.0
 """As RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S of k8s/."""
 
@@ -69,7 +71,13 @@ def application(config: ServeConfig) -> "Application":
         a = config.autoscale
         scale = {
             "autoscaling_config": AutoscalingConfig(
-                min_replicas=a.min, max_replicas=a.max, target_ongoing_requests=a.target_in_flight
+                min_replicas=a.min,
+                max_replicas=a.max,
+                target_ongoing_requests=a.target_in_flight,
+                upscale_delay_s=a.upscale_delay_s,
+                downscale_delay_s=a.downscale_delay_s,
+                metrics_interval_s=_COUNT_S,
+                look_back_period_s=3 * _COUNT_S,
             )
         }
     several = config.replicas > 1 or config.autoscale is not None
@@ -85,7 +93,7 @@ def application(config: ServeConfig) -> "Application":
         ray_actor_options={
             "num_cpus": e.cpus,
             "num_gpus": e.gpus * e.tensor_parallel,
-            "runtime_env": {"env_vars": {**bound_threads(e.threads), **inherited()}},
+            "runtime_env": {"env_vars": {**bound_threads(e.threads or 1), **inherited()}},
         },
         **scale,
         **(sticky if several else {}),

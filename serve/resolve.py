@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.doctor import cpu_count
 from rl import checkpoint
 from rl.config import Config, ModelConfig
 from rl.config_env import CalculatorConfig
@@ -17,6 +18,8 @@ from rl.pretrained import ModelNotFound, find_model
 from serve.config import ServeConfig
 from serve.release_files import origin_of
 from serve.releases import Book
+
+_SMALL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,17 @@ def resolve(what: str, overrides: Sequence[str] = ()) -> tuple[ServeConfig, Sour
     source = source_of(config)
     if config.follow.source == "run":
         followed(config, source)
+    if config.engine.threads is None:
+        engine = config.engine.model_copy(update={"threads": threads_for(source.model, config.replicas)})
+        config = config.model_copy(update={"engine": engine})
     return config, source
+
+
+def threads_for(model: Path, replicas: int) -> int:
+    """How many an engine's CPU computation takes: a small model's steps are over before a second one has begun."""
+    if sum(weights.stat().st_size for weights in model.glob("*.safetensors")) < _SMALL_BYTES:
+        return 1
+    return max(1, int(cpu_count()) // replicas)
 
 
 def followed(config: ServeConfig, source: Source) -> Path:

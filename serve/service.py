@@ -82,15 +82,11 @@ class Service:
         tokenizer = load_tokenizer(folder, trust_remote_code=e.trust_remote_code or trained.model.trust_remote_code)
         keep = e.keep_sampled_turns or trained.model.keep_sampled_turns
         codec = ChatCodec(tokenizer, keep_sampled_turns=keep)
-        options = EngineOptions(
-            dtype=e.dtype or trained.generator_dtype,
+        options = EngineOptions.of(
+            e,
+            dtype=trained.generator_dtype,
             max_length=max_length,
-            max_sequences=e.max_sequences,
             device=device_of(config),
-            kv_cache_gib=e.kv_cache_gib,
-            gpu_memory_utilization=e.gpu_memory_utilization,
-            tensor_parallel=e.tensor_parallel,
-            enforce_eager=e.enforce_eager,
             trust_remote_code=e.trust_remote_code or trained.model.trust_remote_code,
             transfer=FROM_FOLDER,
         )

@@ -126,10 +126,13 @@ async def play(engine: Any, codec: Any, case: Case, seconds: float, seed: int) -
 @contextmanager
 def bare_engine(case: Case) -> Iterator[Any]:
     """A function of seconds: what the bare engine did in them."""
+    from rl.pretrained import find_model
+    from serve.resolve import threads_for
+
     told = json.dumps(vars(case))
     process = subprocess.Popen(
         [sys.executable, __file__, "--bare", told], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the server's default is
+        env={**os.environ, "OMP_NUM_THREADS": str(threads_for(find_model(case.model), replicas=1))},  # as the server's
     )  # fmt: skip
     assert process.stdin and process.stdout
     assert process.stdout.readline().strip() == "ready", "the bare engine did not start"

@@ -58,7 +58,8 @@ class Deployed:
 def deployed(trained: Path, tmp_path_factory) -> Iterator[Deployed]:
     run = tmp_path_factory.mktemp("deployed") / "agent"
     shutil.copytree(trained, run, symlinks=True)
-    settings = ["replicas=2", "http.port=0", "engine.cpus=0.5", "follow.poll_s=0.2", "http.deadline_s=60"]
+    settings = ["http.port=0", "engine.cpus=0.5", "follow.poll_s=0.2", "http.deadline_s=60"]
+    settings += ["autoscale.min=2", "autoscale.max=3", "autoscale.target_in_flight=16", "autoscale.upscale_delay_s=1"]
     process = subprocess.Popen(
         [COMMAND, "serve", str(run), "--follow", *settings],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "200"},
@@ -99,6 +100,41 @@ def test_the_official_client_talks_to_it(deployed, client):
         model="agent", messages=[{"role": "user", "content": "1+2"}], max_tokens=5, stream=True
     )
     assert [c.choices[0].finish_reason for c in stream if c.choices][-1] in ("stop", "length")
+
+
+def test_a_turn_is_stopped_whichever_replica_is_asked_to(deployed, client):
+    """Without a header that says which session it is about: the path does."""
+    for seed in range(4):
+        session = made(client, seed=seed, max_tokens=250, temperature=1.3)
+        got = ""
+        with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
+            for part in stream.iter_text():
+                if not got:
+                    assert client.post(f"/v1/sessions/{session}/stop").status_code == 200
+                got += part
+        assert "event: stopped" in got, got[-300:]
+
+
+def test_a_person_talks_to_it_at_its_page(deployed, client):
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    from page_driver import CHROMIUM, DRIVER, Page, chromium
+
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("Debian's chromium and chromium-driver are not here: the page is not tried")
+    driver = chromium()
+    try:
+        page = Page(driver, deployed.url)
+        page.open()
+        page.start()
+        for turns in (1, 2):
+            page.say("12+34")
+            page.finished(turns)
+        (session,) = page.session_ids()
+        events = client.get(f"/v1/sessions/{session}/events", params={"stream": False}).json()["events"]
+        assert page.texts(".turn .raw, .turn .said") and sum(e["type"] == "turn" for e in events) == 2
+        page.check_logs()
+    finally:
+        driver.quit()
 
 
 def _killed_mid_stream(deployed: Deployed, client: httpx.Client, kill) -> tuple[str, list[dict], list[list[int]]]:
@@ -209,14 +245,15 @@ def _next(newest: Path, checkpoints: Path, version: int, damage: bool = False) -
     return made
 
 
-def test_under_load_with_weights_that_change_nothing_is_lost_or_crossed(deployed, client):
-    """Sessions with a secret number each, while promoted versions come and go."""
+def test_under_load_with_weights_that_change_nothing_is_lost_or_crossed_and_a_replica_is_added(deployed, client):
+    """64 sessions at a time, each with a secret number, while promoted versions come and go."""
     from serve.releases import Book
 
     book = Book(deployed.run / "serve")
-    versions = [r.version for r in book.read().versions if r.state == "ready"][:2]
-    assert len(versions) == 2
-    ended, found, errors = threading.Event(), Counter(), []
+    older = book.add(deployed.run / "checkpoints" / "step=20").version
+    versions = [older, next(r.version for r in book.read().ready if r.version != older)]
+    until, found, errors = time.monotonic() + 10, Counter(), []
+    ended = threading.Event()
 
     def change() -> None:
         for at in range(1000):
@@ -227,31 +264,37 @@ def test_under_load_with_weights_that_change_nothing_is_lost_or_crossed(deployed
     def talk(number: int) -> None:
         try:
             with deployed.client() as mine:
-                for _ in range(2):
-                    session = made(mine, max_tokens=8, seed=number)
-                    for turn in range(4):
-                        events = said(mine, session, f"my number is {number} {turn}", stream=bool(number % 2))
-                        assert events[-1]["type"] == "waiting", events[-1]
-                        used = {v for e in events if e["type"] == "turn" for v in e["versions"]}
-                        assert len(used) == 1
-                        found.update(used)
-                    journal = mine.get(f"/v1/sessions/{session}/events", params={"stream": False}).json()["events"]
-                    assert [e["content"] for e in journal if e["type"] == "user"] == [
-                        f"my number is {number} {turn}" for turn in range(4)
-                    ]
-                    assert len({v for e in journal if e["type"] == "turn" for v in e["versions"]}) == 1  # it stays
+                while True:
+                    talk_once(mine, number)
+                    if time.monotonic() > until:
+                        return
         except BaseException as error:
             errors.append(error)
 
+    def talk_once(mine: httpx.Client, number: int) -> None:
+        session = made(mine, max_tokens=8, seed=number)
+        for turn in range(4):
+            events = said(mine, session, f"my number is {number} {turn}", stream=bool(number % 2))
+            assert events[-1]["type"] == "waiting", events[-1]
+            used = {v for e in events if e["type"] == "turn" for v in e["versions"]}
+            assert len(used) == 1
+            found.update(used)
+        journal = mine.get(f"/v1/sessions/{session}/events", params={"stream": False}).json()["events"]
+        assert [e["content"] for e in journal if e["type"] == "user"] == [
+            f"my number is {number} {turn}" for turn in range(4)
+        ]
+        assert len({v for e in journal if e["type"] == "turn" for v in e["versions"]}) == 1  # it stays
+        assert mine.delete(f"/v1/sessions/{session}").status_code == 204
+
     changer = threading.Thread(target=change)
-    talkers = [threading.Thread(target=talk, args=(n,)) for n in range(16)]
-    changer.start()
-    for t in talkers:
-        t.start()
-    for t in talkers:
-        t.join(120)
+    talkers = [threading.Thread(target=talk, args=(n,)) for n in range(64)]
+    for thread in (changer, *talkers):
+        thread.start()
+    for thread in talkers:
+        thread.join(120)
     ended.set()
     changer.join(10)
     assert not errors, errors[0]
     assert set(found) == set(versions)
-    assert sum(found.values()) == 16 * 2 * 4
+    assert found.total() >= 64 * 4 and found.total() % 4 == 0
+    deployed.ready(replicas=3)  # for the load, one was added

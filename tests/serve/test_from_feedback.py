@@ -1,12 +1,11 @@
-"""configs/from_feedback.yaml as it is shipped: with little feedback, and with too little."""
+"""configs/from_feedback.yaml as it is shipped: with little feedback, with ratings alone, and with too little."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from running import ROOT, repertory
 
 from actors.preflight import check_pairs
 from rl.config_file import ConfigError, load_config
@@ -16,13 +15,12 @@ from rl.metrics import read_lines
 from rl.pretrained import prepare_model
 from serve.feedback import Feedback
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIG = "configs/from_feedback.yaml"
 
 
-def corrected(folder: Path, count: int) -> Path:
-    """Where the pairs of so many sessions are, each with one turn that was corrected."""
-    for n in range(count):
+def rated(folder: Path, corrections: int, ratings: int = 0) -> Path:
+    """Feedback of sessions with one turn each: corrected after a thumb down, or with a thumb up or down alone."""
+    for n in range(corrections + ratings):
         events = [
             {"type": "created", "sample": 0, "version": 1},
             {"type": "prompt", "messages": [{"role": "system", "content": "brief"}], "tools": []},
@@ -30,25 +28,29 @@ def corrected(folder: Path, count: int) -> Path:
             {"type": "turn", "turn": 0, "text": "9", "token_ids": [], "asks": True},
         ]
         numbered = [{**event, "seq": seq, "time": 0.0} for seq, event in enumerate(events)]
-        Feedback(folder).record(f"s{n}", numbered, 0, "down", str(n + 1))
+        rating, correction = ("down", str(n + 1)) if n < corrections else ("up" if n % 2 else "down", None)
+        Feedback(folder).record(f"s{n}", numbered, 0, rating, correction)
     return folder / "feedback"
 
 
-def test_the_shipped_stages_train_on_one_pair(tmp_path, quickstart_config):
+def test_the_shipped_stages_train_on_one_pair_and_kto_on_ratings_alone(tmp_path, quickstart_config):
     small = ("model.scratch.layers=1", "model.scratch.hidden=32", "model.scratch.heads=1")
     config = quickstart_config(*small)
     model = prepare_model(config.model, World(config.env, 0), 0, tmp_path / "model")
+    feedback = rated(tmp_path / "serve", corrections=1, ratings=3)
+    shipped = yaml.safe_load((ROOT / CONFIG).read_text())["stages"]
+    preference = {**shipped[1], "steps": 2, "pairs": {"path": str(feedback)}}
+    kto = {**preference, "loss": "kto", "batch_size": 2, "pairs": {"path": str(feedback / "ratings")}}
+    stages = [{**shipped[0], "n": 2}, preference, {**shipped[2], "n": 2}, kto]
     settings = [
-        f"run.root={tmp_path}", f"model.path={model}", f"stages.1.pairs.path={corrected(tmp_path / 'serve', 1)}",
-        "stages.1.steps=3", "stages.0.n=2", "stages.2.n=2", "env.max_turns=1", "rollout.max_turn_tokens=4",
+        f"run.root={tmp_path}", f"model.path={model}", f"stages={json.dumps(stages)}", "env.max_turns=1",
+        "rollout.max_turn_tokens=4",
     ]  # fmt: skip
-    done = subprocess.run(
-        [Path(sys.executable).parent / "repertory", "train", CONFIG, *settings],
-        capture_output=True, text=True, timeout=200, cwd=ROOT, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    done = repertory("train", CONFIG, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_lines(tmp_path / "from-feedback" / "metrics.jsonl")
-    assert [line["stage"] for line in lines] == ["preference"] * 3
+    assert [line["stage"] for line in lines] == ["preference"] * 4
+    assert "preference/kto_kl" in lines[2] and "preference/kto_kl" not in lines[0]
 
 
 def stage(*settings: str) -> PairStage:
@@ -58,7 +60,7 @@ def stage(*settings: str) -> PairStage:
 
 
 def test_too_few_pairs_are_named_before_anything_starts(tmp_path):
-    pairs = str(corrected(tmp_path, 3))
+    pairs = str(rated(tmp_path, corrections=3))
     check_pairs(1, stage("stages.1.batch_size=3"), pairs)
     with pytest.raises(ConfigError, match=r"stages\[1\]\.pairs\.path: .* has 3 pairs.*batch_size is 4: lower .* 3"):
         check_pairs(1, stage("stages.1.batch_size=4"), pairs)

@@ -2,9 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,11 @@ from rl.demonstration import encode_pairs
 from rl.env import Message, World
 from rl.envs.calculator import TOOL
 from rl.episode import Episode, Identity, Limits, run_episode
-from rl.metrics import read_lines
 from rl.policy import Completion, Sampling
 from rl.pretrained import load_tokenizer, prepare_model
 from rl.task import TaskStream
 from serve.errors import ApiError
 from serve.feedback import Feedback
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -193,25 +187,3 @@ def test_processes_that_rate_one_session_do_not_lose_each_others_ratings(tmp_pat
         assert process.exitcode == 0
     rows = pq.read_table(tmp_path / "feedback" / "ratings" / "s.parquet").to_pylist()
     assert sorted(row["turn"] for row in rows) == list(range(8))
-
-
-def test_the_configuration_trains_on_it(model, tmp_path):
-    """`repertory train configs/from_feedback.yaml`: pairs, then ratings alone by KTO."""
-    feedback = Feedback(tmp_path / "serve")
-    for n in range(4):
-        events = journal(PROMPT, user(f"{n}+1"), said(0, "9"))
-        feedback.record(f"s{n}", events, 0, "up" if n % 2 else "down", str(n + 1) if n > 1 else None)
-    stages = [
-        {"kind": "preference", "steps": 2, "batch_size": 2, "pairs": {"path": str(tmp_path / "serve" / "feedback")}},
-        {"kind": "preference", "steps": 2, "batch_size": 2, "loss": "kto",
-         "pairs": {"path": str(tmp_path / "serve" / "feedback" / "ratings")}},
-    ]  # fmt: skip
-    done = subprocess.run(
-        [Path(sys.executable).parent / "repertory", "train", "configs/from_feedback.yaml", f"run.root={tmp_path}",
-         f"model.path={model}", f"stages={json.dumps(stages)}"],
-        capture_output=True, text=True, timeout=200, cwd=ROOT, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = read_lines(tmp_path / "from-feedback" / "metrics.jsonl")
-    assert [line["stage"] for line in lines] == ["preference"] * 4
-    assert "preference/kto_kl" in lines[2] and "preference/kto_kl" not in lines[0]
