@@ -55,13 +55,14 @@ def resolve(what: str, overrides: Sequence[str] = ()) -> tuple[ServeConfig, Sour
     if config.follow.source == "run":
         followed(config, source)
     if config.engine.threads is None:
-        engine = config.engine.model_copy(update={"threads": threads_for(source.model, config.replicas)})
+        replicas = config.autoscale.min if config.autoscale else config.replicas
+        engine = config.engine.model_copy(update={"threads": threads_for(source.model, replicas)})
         config = config.model_copy(update={"engine": engine})
     return config, source
 
 
 def threads_for(model: Path, replicas: int) -> int:
-    """How many an engine's CPU computation takes: a small model's steps are over before a second one has begun."""
+    """How many an engine's CPU computation takes. Beside a small model's, answering needs the other cores more."""
     if sum(weights.stat().st_size for weights in model.glob("*.safetensors")) < _SMALL_BYTES:
         return 1
     return max(1, int(cpu_count()) // replicas)

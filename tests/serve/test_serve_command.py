@@ -67,6 +67,22 @@ def test_a_turn_under_way_may_finish(deadline_s, expected):
     assert deployed._bound_deployment._deployment_config.graceful_shutdown_timeout_s == expected
 
 
+@pytest.mark.parametrize(
+    ("weights", "settings", "threads"),
+    [(1 << 20, [], "1"), (65 << 20, [], "6"), (65 << 20, ["replicas=2"], "3"), (65 << 20, ["replicas=9"], "1"),
+     (65 << 20, ["autoscale={min: 2, max: 6}"], "3"), (1 << 20, ["engine.threads=4"], "4")],
+)  # fmt: skip
+def test_a_larger_model_computes_on_a_replicas_part_of_the_cores(tmp_path, monkeypatch, weights, settings, threads):
+    monkeypatch.setattr("serve.resolve.cpu_count", lambda: 6.5)
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(weights)
+    config, _ = resolve(str(tmp_path), settings)
+    deployed: Any = application(config)
+    options = deployed._bound_deployment._replica_config.ray_actor_options
+    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == threads
+
+
 async def test_what_serve_calls_at_the_end_closes_the_service():
     closed = []
 
