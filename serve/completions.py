@@ -107,8 +107,13 @@ class Completions:
         return asked
 
     def _conversation(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        most = self._service.max_length
+
+        def recall(context: Sequence[int], message: Message) -> Sequence[int] | None:
+            return self.memory.recall(context, message) if len(context) < most else None  # it is refused anyhow
+
         try:
-            return self._service.codec.conversation(messages, tools, self.memory.recall)
+            return self._service.codec.conversation(messages, tools, recall)
         except Exception as error:
             # Templates refuse what they do not know with whatever error jinja raises.
             told = f"the model's chat template does not take these messages: {error}"

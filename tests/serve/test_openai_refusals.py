@@ -10,6 +10,7 @@ from asking import ASKED, chat
 
 from rl.engine import EngineError
 from rl.envs.calculator import TOOL
+from serve.token_memory import TokenMemory
 
 # -- refusals ------------------------------------------------------------------------------------------------------
 
@@ -141,6 +142,19 @@ def test_a_prompt_that_is_too_long_says_by_how_much(api, server):
         chat(api, messages=[{"role": "user", "content": text}])
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
     assert f": {over} too many" in refused.value.message and "320" in refused.value.message
+
+
+def test_ten_thousand_turns_are_counted_and_only_what_fits_is_looked_up(api, server, monkeypatch):
+    """A turn is looked up by all that is before it: for each of so many that took as long as their number squared."""
+    looked_up, recall = [], TokenMemory.recall
+    monkeypatch.setattr(
+        TokenMemory, "recall", lambda memory, ids, said: looked_up.append(len(ids)) or recall(memory, ids, said)
+    )
+    turns = [MESSAGE if k % 2 == 0 else {"role": "assistant", "content": "x"} for k in range(20_001)]
+    with pytest.raises(openai.BadRequestError, match=r"takes \d{5,} tokens: \d{5,} too many") as refused:
+        api.chat.completions.create(model="agent", messages=turns)
+    assert refused.value.code == "context_length_exceeded"
+    assert len(looked_up) > 0 and max(looked_up) < server.service.max_length
 
 
 def test_max_tokens_beyond_the_room(api, server, play):
