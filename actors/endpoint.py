@@ -20,14 +20,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from rl.chat import parse_calls, shortened
+from rl.chat import BLOCK, parse_calls, shortened
 from rl.config_env import FeedbackConfig
 from rl.config_file import ConfigError
 from rl.env import InfraError, Message
 from rl.policy import Completion, ContextFull, Sampling
 from rl.text_codec import TextCodec, Usage
 
-_CALL = re.compile(r"<tool_call>.*?</tool_call>", re.DOTALL)
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _FULL = re.compile(r"context_length_exceeded|context length|maximum context|max_model_len|too many tokens", re.I)
 _UNHEARD_S = 8.0
@@ -324,7 +323,7 @@ def _with_calls(message: Message, number: int) -> Message:
     content = message.get("content") or ""
     if not functions:
         functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in parse_calls(content)[0]]
-        content = _CALL.sub("", content) if functions else content
+        content = BLOCK.sub("", content) if functions else content
     for function in functions:
         if not isinstance(function["arguments"], str):
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)

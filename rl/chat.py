@@ -338,8 +338,10 @@ def parse_calls(text: str) -> tuple[tuple[ToolCall, ...], str | None]:
     """The tool calls in a turn, and what is wrong with them (then no calls)."""
     if OPEN not in text and CLOSE not in text:
         return (), None
-    blocks = BLOCK.findall(text)
-    if len(blocks) != text.count(OPEN) or len(blocks) != text.count(CLOSE):
+    # Only where every opening has a closing behind it is the pattern's search linear in the text.
+    balanced = text.count(OPEN) == text.count(CLOSE) and text.rfind(OPEN) < text.rfind(CLOSE)
+    blocks = BLOCK.findall(text) if balanced else []
+    if not blocks or len(blocks) != text.count(OPEN):
         return (), "malformed call: unbalanced tags"
     calls = []
     for block in blocks:

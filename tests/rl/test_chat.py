@@ -266,6 +266,8 @@ CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
         (CALL + "</tool_call>", [], "unbalanced"),
         (f"<tool_call>{CALL}</tool_call>", [], "unbalanced"),
         ("</tool_call>{}<tool_call>", [], "unbalanced"),
+        ("<tool_call>" * 50_000, [], "unbalanced"),  # 100 s for a search that is not linear
+        ("</tool_call>" * 50_000 + "<tool_call>" * 50_000, [], "unbalanced"),
         ("<tool_call>[1]</tool_call>", [], "no name"),
         ('<tool_call>{"name": 3}</tool_call>', [], "no name"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', [], "not an object"),
