@@ -24,8 +24,8 @@ def has_body(scope: Scope) -> bool:
     return scope["method"] not in ("GET", "HEAD") or bool(named & {b"content-length", b"transfer-encoding"})
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> Receive | None:
-    """Read it whole, and return the `receive` that gives it to an application; None when the client has gone.
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes | None:
+    """Read it whole; None when the client has gone.
 
     Raises ApiError 413 as soon as it is known to be too large, 408 when it takes too long.
     """
@@ -48,7 +48,12 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: f
                     break
     except TimeoutError:
         raise ApiError(408, "body_timeout", f"The request's body did not arrive within {timeout_s:g} s") from None
-    waiting = [b"".join(chunks)]
+    return b"".join(chunks)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """What gives an application a body that has been read, and then what comes after it."""
+    waiting = [body]
 
     async def replay() -> Message:
         if waiting:

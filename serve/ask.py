@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from serve.errors import ApiError
+from serve.errors import ApiError, not_taken
 from serve.journal import Event, History, Played
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ async def counted(service: "Service", created: Event, history: History, ask: Ask
     """With the tokens of a long content, which take their time."""
     if ask.content is None or len(ask.content) < _LONG:
         return ask
-    return replace(ask, tokens=await asyncio.to_thread(_tokens, service, created, ask.content, history))
+    return replace(ask, tokens=await asyncio.to_thread(_tokens, service, created, history, ask.content))
 
 
 def check(service: "Service", created: Event, ask: Ask, history: History) -> None:
@@ -55,7 +55,9 @@ def _check_room(service: "Service", created: Event, ask: Ask, history: History) 
     """Raises ApiError when the words leave no room for an answer."""
     most, have = service.max_length, history.turns[-1].turn["context"] if history.turns else 0
     assert ask.content is not None
-    more = ask.tokens or _tokens(service, created, ask.content, history)
+    more = ask.tokens or _tokens(service, created, history, ask.content)
+    if history.unanswered:
+        have += _tokens(service, created, history, *history.unanswered, ask.content) - more
     if have + more >= most:
         raise ApiError(
             400,
@@ -66,13 +68,16 @@ def _check_room(service: "Service", created: Event, ask: Ask, history: History) 
         )
 
 
-def _tokens(service: "Service", created: Event, content: str, history: History) -> int:
-    """What a person's words take, with all that goes before them where they are the first."""
-    message = {"role": "user", "content": content}
-    if history.turns:
-        return len(service.codec.observation([message]))
-    system = [{"role": "system", "content": created["system"]}] if created["system"] else []
-    return len(service.codec.prompt([*system, message], service.tools_shown(created["tools"])))
+def _tokens(service: "Service", created: Event, history: History, *contents: str) -> int:
+    """What a person's words take, with all that goes before them where they are the first. Raises ApiError."""
+    said = [{"role": "user", "content": content} for content in contents]
+    try:
+        if history.turns:
+            return len(service.codec.observation(said))
+        system = [{"role": "system", "content": created["system"]}] if created["system"] else []
+        return len(service.codec.prompt([*system, *said], service.tools_shown(created["tools"])))
+    except Exception as error:
+        raise not_taken(error, "content") from error
 
 
 def retried_from(ask: Ask, history: History) -> int:

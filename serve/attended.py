@@ -3,17 +3,20 @@
 import asyncio
 import logging
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from rl.env import InfraError
+from rl.task import BadTask
 from serve.errors import ApiError, places
+from serve.live import NotReplayable
 from serve.versions import UnknownVersion
 
 log = logging.getLogger("repertory.serve")
 
 _T = TypeVar("_T")
+UNWRITTEN = "the session cannot be written now: post a turn without content to go on"
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -46,6 +49,24 @@ async def attended(request: Request, work: Awaitable[_T], deadline_s: float) -> 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def ending(error: Exception) -> dict[str, Any]:
+    """The event that an error ends a session's turn with. `resume`: the turn can be asked for again."""
+    name = type(error).__name__
+    if isinstance(error, BadTask):
+        code, message, resume = "context_length_exceeded", str(error), False
+    elif isinstance(error, NotReplayable):
+        code, message, resume = "env_not_replayable", str(error), False
+    elif isinstance(error, ApiError):  # what the session was made with is not here any longer, or not now
+        code, message, resume = error.code, error.message, error.status == 503
+    elif isinstance(error, InfraError | ConnectionError | TimeoutError | UnknownVersion):
+        code, message, resume = "unavailable", f"{name}: the turn was not finished; ask for it again", True
+    elif isinstance(error, OSError):
+        code, message, resume = "storage_failed", UNWRITTEN, True
+    else:
+        code, message, resume = "env_failed", f"the environment failed: {name}", False
+    return {"kind": "error", "code": code, "message": message, "resume": resume}
 
 
 def refusal(error: Exception) -> ApiError:

@@ -12,7 +12,7 @@ from rl.env import Message
 from rl.policy import Sampling
 from rl.task import derive_seed
 from serve.attended import too_late
-from serve.errors import ApiError
+from serve.errors import ApiError, not_taken
 from serve.openai_schema import CHOICES, ChatRequest, CompletionRequest, messages_of, tools_of
 from serve.text_stream import Said, TurnText
 from serve.token_memory import TokenMemory
@@ -115,9 +115,7 @@ class Completions:
         try:
             return self._service.codec.conversation(messages, tools, recall)
         except Exception as error:
-            # Templates refuse what they do not know with whatever error jinja raises.
-            told = f"the model's chat template does not take these messages: {error}"
-            raise ApiError(400, "invalid_request", told, param="messages") from error
+            raise not_taken(error, "messages") from error
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         codec = self._service.codec

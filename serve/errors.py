@@ -40,6 +40,16 @@ class ApiError(Exception):
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
 
 
+def not_found(session_id: str) -> ApiError:
+    return ApiError(404, "session_not_found", f"there is no session {session_id!r}")
+
+
+def not_taken(error: Exception, param: str) -> ApiError:
+    """Templates refuse what they do not know, a system role or two messages in a row, with whatever jinja raises."""
+    told = f"the model's chat template does not take these messages: {error}"
+    return ApiError(400, "invalid_request", told, param=param)
+
+
 def places(error: BaseException) -> str:
     """Where an error came from, for a log: its text may be what somebody has written."""
     return "".join(traceback.format_tb(error.__traceback__))

@@ -123,6 +123,12 @@ class History:
         return [item for item in self.items if isinstance(item, Played)]
 
     @property
+    def unanswered(self) -> list[str]:
+        """What the person has said since the agent's last turn."""
+        answered = max((i for i, item in enumerate(self.items) if isinstance(item, Played)), default=-1)
+        return [item["content"] for item in self.items[answered + 1 :] if not isinstance(item, Played)]
+
+    @property
     def asks_person(self) -> bool:
         """Whether the agent has addressed the person, who has not answered."""
         last = self.items[-1] if self.items else None

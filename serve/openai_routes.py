@@ -16,10 +16,13 @@ from serve.completions import Asked, Completions, Turn
 from serve.errors import ApiError
 from serve.openai_answers import JSON, Answer
 from serve.openai_schema import ChatRequest, CompletionRequest, parse, schema, text_of
+from serve.versions import UnknownVersion
 
 if TYPE_CHECKING:
     from serve.service import Service
 
+_CHOICES = 3
+"""How many versions a request is tried with, where it names none."""
 _RESPONSES: dict[int | str, Any] = {
     200: {"description": "OpenAI's answer, with `weight_version`; server-sent events when `stream` is true"},
     "4XX": {"description": "OpenAI's error: what is wrong with the request"},
@@ -50,21 +53,32 @@ def router(service: "Service") -> APIRouter:
         raw = await request.body()
         body = parse(ChatRequest, raw)
         opening = next((text_of(m.content) for m in body.messages if m.role == "user"), "")
-        version = service.version_of(body.model, _key(request, body.prompt_cache_key or body.user, opening))
+        key = _key(request, body.prompt_cache_key or body.user, opening)
+        service.version_of(body.model, key)  # raises
         asked = await work.chat(body, len(raw))
-        tells = (body.top_logprobs or 0) if body.logprobs else None
-        return await answer(request, body, asked, version, tells)
+        return await answer(request, body, asked, key, (body.top_logprobs or 0) if body.logprobs else None)
 
     @routes.post("/completions", openapi_extra=schema(CompletionRequest))
     async def complete(request: Request) -> Response:
         """How texts go on. A text is no more than text: control tokens in it can only be given as ids."""
         raw = await request.body()
         body = parse(CompletionRequest, raw)
-        version = service.version_of(body.model, _key(request, body.user, json.dumps(body.prompt)))
+        key = _key(request, body.user, json.dumps(body.prompt))
+        service.version_of(body.model, key)  # raises
         asked = await work.texts(body, len(raw))
-        return await answer(request, body, asked, version, body.logprobs)
+        return await answer(request, body, asked, key, body.logprobs)
 
-    async def answer(request: Request, body: Any, asked: list[Asked], version: int, tells: int | None) -> Response:
+    async def answer(request: Request, body: Any, asked: list[Asked], key: str, tells: int | None) -> Response:
+        for left in reversed(range(_CHOICES)):
+            version = service.version_of(body.model, key)
+            try:
+                return await answered(request, body, asked, version, tells)
+            except UnknownVersion:  # it was given up while this waited for it, and nothing has been said: take another
+                if not left or "@" in body.model:
+                    raise
+        raise AssertionError
+
+    async def answered(request: Request, body: Any, asked: list[Asked], version: int, tells: int | None) -> Response:
         shape = Answer(service.codec, service.name, version, asked, tells=tells)
         echo = bool(getattr(body, "echo", False))
         deadline_s = service.config.http.deadline_s

@@ -1,10 +1,11 @@
 """What stands before a replica's app: who may ask, how much, and how large; one access line a request, and no content.
 
 A bare ASGI middleware, so that a stream goes through as it is. What it adds to the scope's `state`: `caller`
-(serve.keys.Caller) and `request_id`. A WebSocket's key comes as the subprotocol `repertory-key.<KEY>`, since a browser
-can set no headers there; the app just accepts, and the subprotocol that a browser waits for is filled in here. The app
-sees neither that nor the Authorization header. A WebSocket's `state` has `turn` too: `async with turn():` is to each of
-its turns what the way through here is to one over HTTP, and raises ApiError where that one would be refused.
+(serve.keys.Caller), `request_id`, and `place`: the request's among those under way, which a turn keeps that goes on
+without its client. A WebSocket's key comes as the subprotocol `repertory-key.<KEY>`, since a browser can set no headers
+there; the app just accepts, and the subprotocol that a browser waits for is filled in here. The app sees neither that
+nor the Authorization header. A WebSocket's `state` has `turn` in the stead of `place`: `async with turn() as place:` is
+to each of its turns what the way through here is to one over HTTP, and raises ApiError where that would be refused.
 """
 
 import logging
@@ -13,7 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -21,7 +22,7 @@ from urllib.parse import quote, urlsplit
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.asgi import BoundedSocket, Client, Headers, has_body, read_body, refuse
+from serve.asgi import BoundedSocket, Client, Headers, has_body, read_body, refuse, replayed
 from serve.errors import ApiError, places
 from serve.keys import ANONYMOUS, Caller, is_loopback
 from serve.metrics import Metrics
@@ -64,8 +65,8 @@ class Protection:
                 self._guarded,
                 allow_origins=http.cors_origins,
                 allow_methods=("GET", "POST", "DELETE"),
-                allow_headers=("authorization", "content-type", "last-event-id", "x-request-id", "x-session-id"),
-                expose_headers=("retry-after", "x-request-id"),
+                allow_headers=("*",),  # OpenAI's client for browsers sends a dozen of its own
+                expose_headers=("retry-after", "x-request-id", "x-weight-version"),
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,9 +93,11 @@ class Protection:
                 whole = await read_body(scope, receive, self._http.max_body_bytes, self._http.body_timeout_s)
                 if whole is None:
                     return
-                receive = whole
-            generates = _GENERATES.fullmatch(f"{exchange.method} {exchange.path}")
-            with self._turns.one(caller) if generates else nullcontext():
+                receive = replayed(whole, receive)
+            with ExitStack() as place:
+                if _GENERATES.fullmatch(f"{exchange.method} {exchange.path}"):
+                    place.enter_context(self._turns.one(caller))
+                scope["state"]["place"] = place
                 await self._app(scope, receive, send)
         except Exception as error:
             if exchange.client.stalled:  # what has ended the app
@@ -113,18 +116,15 @@ class Protection:
         await self._app(exchange.scope, socket.receive, socket.send)
 
     @asynccontextmanager
-    async def _turn(self, exchange: "_Exchange") -> AsyncIterator[None]:
+    async def _turn(self, exchange: "_Exchange") -> AsyncIterator[ExitStack]:
         """Of a WebSocket: its key may have been revoked meanwhile, and what it may ask for is counted by turns."""
-        try:
-            place = self._turns.one(self._identify(exchange))
-            place.__enter__()
-        except ApiError as error:
-            self._metrics.error(error.code)
-            raise
-        try:
-            yield
-        finally:
-            place.__exit__(None, None, None)
+        with ExitStack() as place:
+            try:
+                place.enter_context(self._turns.one(self._identify(exchange)))
+            except ApiError as error:
+                self._metrics.error(error.code)
+                raise
+            yield place
 
     def _admit(self, exchange: "_Exchange") -> Caller:
         """Raises ApiError unless the request may be worked for."""

@@ -4,19 +4,22 @@ The proxy's process finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="serve
 environment. Without it, a replica that dies cuts its streams in the middle; Serve's own errors are plain text; and the
 proxy passes a body on as fast as it comes, into a queue without bounds, while a slow one holds a replica's place. Here
 a body is read first, within REPERTORY_MAX_BODY_BYTES and REPERTORY_BODY_TIMEOUT_S, and a client that reads nothing of
-its answer for as long has left. And Serve's router is told which session a path is about, so that all of a session's
-requests come to the same replica.
+its answer for as long has left. And Serve's router is told which session a path is about, or which conversation a chat
+is, so that all of its requests come to the same replica.
 """
 
 import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.asgi import Client, has_body, read_body, refuse, server_sent_error
+from serve.asgi import Client, has_body, read_body, refuse, replayed, server_sent_error
 from serve.errors import ApiError
 from serve.request_id import request_id_of, with_request_id
 
@@ -25,6 +28,9 @@ _UNAVAILABLE = ApiError(503, "unavailable", "No replica could answer; try again"
 _DIED = ApiError(503, "replica_died", "The replica that was answering is gone; what it began can be gone on with")
 _SERVICE_RESTART = 1012
 _SESSION = re.compile(r"/v1/sessions/([A-Za-z0-9._\-]{1,128})(?:/|$)")
+_CHAT = "/v1/chat/completions"
+_MOST_BODIES = 256
+"""That are read at a time."""
 _SESSION_ID = b"x-session-id"
 """What Serve's ConsistentHashRouter looks for."""
 
@@ -38,6 +44,7 @@ def middlewares() -> list[Middleware]:
 class ProxyGuard:
     def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float):
         self._app, self._max_bytes, self._timeout_s = app, max_body_bytes, body_timeout_s
+        self._reading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope["path"].startswith("/-/"):  # Serve's own
@@ -53,14 +60,29 @@ class ProxyGuard:
         answer = _Answer(scope, send, name)
         try:
             if has_body(scope):
-                whole = await read_body(scope, receive, self._max_bytes, self._timeout_s)
+                with self._place_for_body():
+                    whole = await read_body(scope, receive, self._max_bytes, self._timeout_s)
                 if whole is None:
                     return
-                receive = whole
+                receive = replayed(whole, receive)
+                if scope["path"] == _CHAT and (conversation := _conversation(whole)) is not None:
+                    scope["headers"] = _routed(scope["headers"], conversation)
         except ApiError as error:
             return await refuse(scope, answer.send, error)
         await self._ask(scope, receive, answer.send)
         await answer.finish()
+
+    @contextmanager
+    def _place_for_body(self) -> Iterator[None]:
+        """Raises ApiError 429: whose bodies these are nobody knows yet, and together they must not fill the memory."""
+        if self._reading >= _MOST_BODIES:
+            told = "The server reads all the requests that it can take"
+            raise ApiError(429, "overloaded", told, retry_after_s=1)
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
 
     async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -138,8 +160,32 @@ def _with_session_id(path: str, headers: list[tuple[bytes, bytes]]) -> list[tupl
     found = _SESSION.search(path)
     if found is None:
         return headers
-    others = [(n, v) for n, v in headers if n.lower().replace(b"_", b"-") != _SESSION_ID]
+    others = [(n, v) for n, v in headers if not _is_session_id(n)]
     return [*others, (_SESSION_ID, found[1].encode())]
+
+
+def _routed(headers: list[tuple[bytes, bytes]], conversation: str) -> list[tuple[bytes, bytes]]:
+    """By the client's own header, where it sends one: it knows better what belongs together."""
+    named = any(_is_session_id(name) for name, _ in headers)
+    return headers if named else [*headers, (_SESSION_ID, conversation.encode())]
+
+
+def _is_session_id(name: bytes) -> bool:
+    return name.lower().replace(b"_", b"-") == _SESSION_ID
+
+
+def _conversation(body: bytes) -> str | None:
+    """What all requests of a chat have in common: only the replica that said its turns remembers their tokens.
+
+    The client's prompt_cache_key, or the first thing that the user has said. None where the body is no chat.
+    """
+    try:
+        asked = json.loads(body)
+        first = next(m["content"] for m in asked["messages"] if m["role"] == "user")
+        what = json.dumps(asked.get("prompt_cache_key") or first)
+    except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError):
+        return None
+    return blake2b(what.encode(), digest_size=16).hexdigest()
 
 
 def _of_serve(start: Message) -> ApiError:

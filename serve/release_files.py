@@ -85,6 +85,18 @@ def link_files(source: Path, target: Path) -> None:
             shutil.copy2(path, target / path.name)
 
 
+def same_weights(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same, by sizes and times, which links and copies keep."""
+
+    def marks(where: Path) -> dict[str, tuple[int, int]]:
+        return {n: ((where / n).stat().st_size, (where / n).stat().st_mtime_ns) for n in weight_files(where)}
+
+    try:
+        return marks(folder) == marks(other)
+    except (OSError, ValueError):  # damaged
+        return False
+
+
 def origin_of(folder: Path) -> Origin:
     """A checkpoint knows its version, and its run that version's success; any other model is version 0.
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from rl import checkpoint
 from rl.config_file import ConfigError
 from serve.release import Release, Releases
-from serve.release_files import Origin, damage, link_files, origin_of, success_of, trained_steps
+from serve.release_files import Origin, damage, link_files, origin_of, same_weights, success_of, trained_steps
 
 KEEP = 4
 
@@ -120,6 +120,16 @@ class Book:
                 "same number: serve them from two folders (dir)"
             )
         return known
+
+    def renew(self, folder: Path) -> None:
+        """Before anything is served: have `begin` make a release anew of a model whose folder has got other weights.
+
+        A checkpoint never changes, and its version may be a release that came from the weight store.
+        """
+        is_checkpoint = (folder / "state.json").is_file()
+        known = None if is_checkpoint else self._same(self.read(), origin_of(folder))
+        if known is not None and not same_weights(folder, Path(known.folder)):
+            self.refuse(known.version, "other weights have taken the place of its own")
 
     def begin(self, folder: Path) -> Releases:
         """Add what a server starts with; it is stable where nothing else is. Raises ConfigError when it is damaged."""

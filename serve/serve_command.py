@@ -46,6 +46,7 @@ def serve(what: str, overrides: Sequence[str], console: Console) -> None:
 def _begin(config: ServeConfig, source: Source) -> Releases:
     """What is named is a release. A checkpoint that is named is the stable one; a run has its own promoted one."""
     book = Book(source.dir, config.versions.keep)
+    book.renew(source.model)
     releases, version = book.begin(source.model), origin_of(source.model).version
     is_run = (Path(config.model) / "checkpoints").is_dir()
     return releases if is_run or releases.stable == version else book.promote(version)
@@ -137,7 +138,8 @@ def _end(config: ServeConfig) -> None:
 
 
 def _tell(config: ServeConfig, source: Source, keys: KeyRing, releases: Releases, console: Console) -> None:
-    url = f"http://{config.http.host}:{config.http.port}"
+    host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
+    url = f"http://{host}:{config.http.port}"
     console.print(f"{source.name} is served at {url}", highlight=False, soft_wrap=True)
     lines = {
         "version": f"{releases.stable}" + _newer(config, source, releases),

@@ -20,7 +20,7 @@ from rl.episode import Episode, Limits
 from rl.pretrained import load_tokenizer
 from rl.task import Task
 from serve.config import ServeConfig
-from serve.errors import ApiError
+from serve.errors import ApiError, not_taken
 from serve.feedback import Feedback
 from serve.journal import Event, fold
 from serve.keys import KeyRing
@@ -199,7 +199,10 @@ class Service:
         if asked.system is None:
             return
         opening = [{"role": "system", "content": asked.system}, {"role": "user", "content": ""}]
-        tokens = len(await asyncio.to_thread(self.codec.prompt, opening, self.tools_shown(asked.tools)))
+        try:
+            tokens = len(await asyncio.to_thread(self.codec.prompt, opening, self.tools_shown(asked.tools)))
+        except Exception as error:
+            raise not_taken(error, "system") from error
         if tokens >= self.max_length:
             told = f"it takes {tokens} tokens, {tokens + 1 - self.max_length} more than the model's context leaves"
             raise ApiError(400, "context_length_exceeded", told, param="system")
@@ -252,7 +255,8 @@ class Service:
         try:
             score = await self._grader(created["env"]).score(episode)
         except NotGraded as error:
-            log.warning("an episode of %s was not graded: %s", created["env"], error)
+            kind, _, _ = str(error).partition(":")  # the rest may be what somebody has said
+            log.warning("an episode of %s was not graded: %s", created["env"], kind)
             return {"reward": None, "not_graded": True}
         return {"reward": score.total, "success": score.success}
 
@@ -313,7 +317,8 @@ class Service:
             "version": self.versions.current,
             "stable": self.releases.stable,
             "canary": self.releases.canary,
-            "note": self._trouble or self.releases.note,
+            # Who may read this has no key, and what is noted may name this machine's folders.
+            "note": "" if self.keys.needed else self._trouble or self.releases.note,
             "sessions": self.sessions.count,
             "in_flight": self.versions.in_flight,
             "reason": self.not_ready(),

@@ -15,15 +15,13 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl.env import InfraError
 from rl.episode import Identity, run_episode
 from rl.policy import Sampling
-from rl.task import BadTask
 from serve.ask import Ask, check, retried_from
-from serve.errors import ApiError, places
+from serve.attended import UNWRITTEN, ending
+from serve.errors import ApiError, not_found, places
 from serve.journal import Event, History, Journal, TurnUnderWay, fold
-from serve.live import Feed, Live, NotReplayable
-from serve.versions import UnknownVersion
+from serve.live import Feed, Live
 from serve.voice import Voice
 
 if TYPE_CHECKING:
@@ -34,12 +32,7 @@ log = logging.getLogger("repertory.serve")
 _LOOK_S = 0.2
 """How often a journal that another process writes is read, and a wish that another was told is looked for."""
 
-_UNWRITTEN = {
-    "type": "error",
-    "code": "storage_failed",
-    "message": "the session cannot be written now: post a turn without content to go on",
-    "resume": True,
-}
+_UNWRITTEN = {"type": "error", "code": "storage_failed", "message": UNWRITTEN, "resume": True}
 _DELETED = {"type": "error", "code": "session_not_found", "message": "the session was deleted", "resume": False}
 _UNSEEN_S = 10.0
 """How long a turn goes on whose events nobody has begun to read."""
@@ -111,14 +104,19 @@ class Session:
 
     # -- a turn ----------------------------------------------------------------------------------------------------
 
-    def begin(self, ask: Ask) -> int:
-        """Have the agent go on. Returns the seq after which its events come. Raises ApiError."""
+    def begin(self, ask: Ask, place: contextlib.ExitStack) -> int:
+        """Have the agent go on. Returns the seq after which its events come. Raises ApiError.
+
+        place: what is given back when the turn has ended.
+        """
         try:
             self._lease.enter_context(self.journal.lease())
         except TurnUnderWay:
             raise ApiError(
                 409, "turn_under_way", "a turn of this session is under way: wait for it, or stop it"
             ) from None
+        except FileNotFoundError:  # deleted meanwhile
+            raise not_found(self.id) from None
         try:
             self._wish.unlink(missing_ok=True)  # one that came when the turn before had ended
             after = len(self.journal.events) - 1
@@ -127,6 +125,7 @@ class Session:
             self._lease.close()
             raise
         self.at_work_here = True
+        self._lease.push(place.pop_all())
         self._arm("deadline", self._service.config.http.deadline_s, self._late)
         self._arm("abandoned", _UNSEEN_S, self._abandoned)
         self._arm("look", _LOOK_S, self._look_for_wishes)
@@ -198,24 +197,11 @@ class Session:
         return {"kind": "done", "stop_reason": episode.stop_reason.value, **score}
 
     def _failure(self, error: Exception) -> dict[str, Any]:
-        """The event that an error ends a turn with. `resume`: the turn can be asked for again."""
-        name = type(error).__name__
-        if isinstance(error, BadTask):
-            code, message, resume = "context_length_exceeded", str(error), False
-        elif isinstance(error, NotReplayable):
-            code, message, resume = "env_not_replayable", str(error), False
-        elif isinstance(error, ApiError):  # what the session was made with is not here any longer
-            code, message, resume = error.code, error.message, False
-        elif isinstance(error, InfraError | ConnectionError | TimeoutError | UnknownVersion):
-            code, message, resume = "unavailable", f"{name}: the turn was not finished; ask for it again", True
-        elif isinstance(error, OSError):
-            code, message, resume = "storage_failed", _UNWRITTEN["message"], True
-        else:
-            code, message, resume = "env_failed", f"the environment failed: {name}", False
-        if code in ("env_failed", "storage_failed"):  # without the error's text, which may be what somebody has written
-            log.error("session %s: %s\n%s", self.id, name, places(error))
-        self._service.metrics.error(code)
-        return {"kind": "error", "code": code, "message": message, "resume": resume}
+        end = ending(error)
+        if end["code"] in ("env_failed", "storage_failed"):  # without the text, which may be what somebody has written
+            log.error("session %s: %s\n%s", self.id, type(error).__name__, places(error))
+        self._service.metrics.error(end["code"])
+        return end
 
     # -- what the episode asks of it ---------------------------------------------------------------------------------
 
@@ -386,6 +372,8 @@ class Session:
                 self._tell("feedback", **feedback)
         except TurnUnderWay:
             raise ApiError(409, "turn_under_way", "a turn of this session is under way: rate it afterwards") from None
+        except FileNotFoundError:
+            raise not_found(self.id) from None
         if fresh:
             self._known = len(self.journal.events)
 

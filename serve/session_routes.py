@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response, WebSocket, WebSocketDisconnect
@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
 from serve.ask import Ask, counted
-from serve.attended import SSE_HEADERS, ClientGone, attended
+from serve.attended import SSE_HEADERS, ClientGone, attended, refusal
 from serve.errors import ApiError
 from serve.journal import Event, fold
 from serve.keys import Caller
@@ -74,14 +74,14 @@ def router(service: "Service") -> APIRouter:
     @routes.delete("/sessions/{session_id}", status_code=204)
     async def delete_session(request: Request, session_id: Id) -> Response:
         """Delete it, with its journal and what was collected of it."""
-        sessions.delete(caller_of(request), session_id)
+        await sessions.delete(caller_of(request), session_id)
         return Response(status_code=204)
 
     @routes.post("/sessions/{session_id}/turns")
     async def play_turn(request: Request, session_id: Id, asked: TurnRequest) -> Response:
         """Say something, or let the agent go on, and see what happens: events until it is the person's turn again."""
         session = sessions.find(caller_of(request), session_id)
-        after = await _begun(service, session, asked)
+        after = await _begun(service, session, asked, request.scope["state"]["place"])
         if asked.stream:
             return _streamed(session, after)
         try:
@@ -149,10 +149,11 @@ def router(service: "Service") -> APIRouter:
     return routes
 
 
-async def _begun(service: "Service", session: Session, asked: TurnRequest) -> int:
+async def _begun(service: "Service", session: Session, asked: TurnRequest, place: ExitStack) -> int:
+    """place: among what may be under way at a time. The turn keeps it, also when its client has gone."""
     ask = Ask(asked.content, asked.retry, asked.turn, asked.stream)
     ask = await counted(service, session.created, fold(session.journal.events), ask)
-    return session.begin(ask)
+    return session.begin(ask, place)
 
 
 async def _all(session: Session, after: int) -> list[Event]:
@@ -198,18 +199,22 @@ class Spoken:
 
     async def _play(self, asked: TurnRequest) -> None:
         try:
-            async with self._socket.scope["state"]["turn"]():
+            async with self._socket.scope["state"]["turn"]() as place:
                 session = self._find()
-                events = session.follow(await _begun(self._service, session, asked))
+                events = session.follow(await _begun(self._service, session, asked, place))
                 try:
                     async for event in events:
                         await self._socket.send_json(event)
                 finally:
                     await events.aclose()
-        except ApiError as error:
-            await self._refuse(error)
-            if error.status in (401, 404):
-                await self._socket.close(4000 + error.status)
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            refused = refusal(error)
+            with suppress(OSError, RuntimeError, WebSocketDisconnect):  # unless it is the client that has gone
+                await self._refuse(refused)
+                if refused.status in (401, 404):
+                    await self._socket.close(4000 + refused.status)
 
     async def _refuse(self, error: ApiError) -> None:
         await self._socket.send_json({**error.body()["error"], "type": "error"})

@@ -5,6 +5,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.errors import ApiError
+from serve.errors import ApiError, not_found
 from serve.journal import Journal
 from serve.keys import Caller
 from serve.schema import SessionRequest
@@ -22,6 +23,8 @@ from serve.session import Session
 
 if TYPE_CHECKING:
     from serve.service import Service
+
+log = logging.getLogger("repertory.serve")
 
 _ID = re.compile(r"ses_[0-9a-f]{32}")
 _SWEEP_S = 30.0
@@ -39,7 +42,7 @@ class Sessions:
         """Raises ApiError when it names what is not there, or the caller has too many."""
         service, mine = self._service, self._folder / caller.id
         most = service.config.sessions.max_per_key
-        if mine.is_dir() and len(os.listdir(mine)) >= most:
+        if sum(name.endswith(".jsonl") for name in (os.listdir(mine) if mine.is_dir() else ())) >= most:
             raise ApiError(
                 429, "too_many_sessions", f"there are {most} sessions of this key: delete some", retry_after_s=60
             )
@@ -65,7 +68,7 @@ class Sessions:
     def find(self, caller: Caller, identifier: str) -> Session:
         """The session, as far as it is written. Raises ApiError 404, also when it is another caller's."""
         if not _ID.fullmatch(identifier):
-            raise _not_found(identifier)
+            raise not_found(identifier)
         path = self._folder / caller.id / f"{identifier}.jsonl"
         session = self._here.get(path)
         try:
@@ -79,7 +82,7 @@ class Sessions:
         except FileNotFoundError:
             if (gone := self._here.pop(path, None)) is not None:
                 gone.close()
-            raise _not_found(identifier) from None
+            raise not_found(identifier) from None
         self._hold(session)
         if session.idle_s > self._service.config.sessions.idle_s and session.shown()["status"] == "waiting":
             session.expire()
@@ -97,13 +100,13 @@ class Sessions:
                 shown.append(self.find(caller, identifier).shown())
         return shown
 
-    def delete(self, caller: Caller, identifier: str) -> None:
+    async def delete(self, caller: Caller, identifier: str) -> None:
         """The session and all that was kept of it is gone. A turn under way is ended, wherever it is played."""
         session = self.find(caller, identifier)
         self._here.pop(session.journal.path, None)
         session.journal.path.unlink(missing_ok=True)  # whoever plays it sees that it is gone
         session.close()
-        self._service.feedback.delete(identifier)
+        await asyncio.to_thread(self._service.feedback.delete, identifier)
 
     @property
     def count(self) -> int:
@@ -124,13 +127,16 @@ class Sessions:
             for path, session in list(self._here.items()):
                 if not session.in_use and session.idle_s > config.idle_s:
                     self._here.pop(path).close()
-            await asyncio.to_thread(self._delete_old, time.time() - config.idle_s - config.keep_s)
+            try:
+                await asyncio.to_thread(self._delete_old, time.time() - config.idle_s - config.keep_s)
+            except OSError as error:  # of a volume that is away for a while
+                log.error("old sessions cannot be deleted now: %s", error)
 
     def _delete_old(self, before: float) -> None:
         """Journals that nobody has written to since. What was collected of a session is kept, and so its journal is:
         with that a caller can have both deleted."""
         collected = self._service.feedback.sessions()
-        for path in self._folder.glob("*/*.jsonl"):
+        for path in self._folder.glob("*/ses_*"):  # also what was left of those that are gone: .stop, .new
             with contextlib.suppress(FileNotFoundError):  # another replica was faster
                 if path.stem not in collected and path.stat().st_mtime < before:
                     path.unlink()
@@ -139,7 +145,3 @@ class Sessions:
         for session in self._here.values():
             session.close()
         self._here.clear()
-
-
-def _not_found(identifier: str) -> ApiError:
-    return ApiError(404, "session_not_found", f"there is no session {identifier!r}")

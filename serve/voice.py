@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from rl.env import Action
 from rl.policy import Completion, Sampling
 from serve.journal import Event, Played
+from serve.versions import UnknownVersion
 
 if TYPE_CHECKING:
     from serve.service import Service
+
+_CHOICES = 3
+"""How many versions a turn is tried with."""
 
 
 class Voice:
@@ -43,7 +47,9 @@ class Voice:
             turn = self._recorded[k].turn
             return Completion(turn["token_ids"], turn["logprobs"], turn["versions"], turn["finish_reason"])
         self._context = len(token_ids)
+        chosen = 0
         while True:
+            chosen += 1
             version, streams = self._now()
             self._tell("turn_start", turn=k, version=version, seed=sampling.seed)
             sample = (
@@ -55,8 +61,13 @@ class Voice:
             try:
                 self._last = await self._sampling
                 return self._last
+            except UnknownVersion:  # it was given up while this turn waited for it: there is another
+                if chosen >= _CHOICES:
+                    raise
+                continue
             except asyncio.CancelledError:
-                if not self.interrupted:  # the episode itself is ended
+                this = asyncio.current_task()
+                if not self.interrupted or (this is not None and this.cancelling()):  # the episode itself is ended
                     raise
             finally:
                 self._sampling = None

@@ -30,6 +30,7 @@ from serve.proxy_guard import ProxyGuard
 
 ROOT = Path(__file__).parent.parent.parent
 MAX_BODY, BODY_TIMEOUT_S = 50_000, 1.0
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 GUARD = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy_guard:middlewares",
     "REPERTORY_MAX_BODY_BYTES": str(MAX_BODY),
@@ -381,6 +382,74 @@ async def test_serves_router_hears_which_session_a_path_is_about(kind, path, sen
     await ProxyGuard(app, 10, 1.0)({"type": kind, "method": "GET", "path": path, "headers": headers}, nothing, nothing)
     assert parse_session_id_header(dict(seen[0]["headers"])) == expected
     assert (b"host", b"h") in seen[0]["headers"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"messages": [USER]}, {"messages": [{"role": "system", "content": "s"}, USER, REPLY, USER]}, True),
+        ({"messages": [USER]}, {"messages": [{"role": "user", "content": "other"}, USER]}, False),
+        ({"messages": [USER], "prompt_cache_key": "a"}, {"messages": [REPLY], "prompt_cache_key": "a"}, False),
+        ({"messages": [USER], "prompt_cache_key": "a"}, {"messages": [REPLY, USER], "prompt_cache_key": "b"}, False),
+        ({"messages": [USER, REPLY], "prompt_cache_key": "a"}, {"messages": [USER], "prompt_cache_key": "a"}, True),
+    ],
+)
+async def test_a_chats_requests_come_to_the_replica_that_remembers_it(one, other, same):
+    first, second = [await routed(json.dumps(body).encode()) for body in (one, other)]
+    assert first and (first == second) == same
+    assert await routed(json.dumps(one).encode(), sent=b"mine") == "mine"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"messages": 3}', b'{"messages": [[]]}', b"[" * 99_999])
+async def test_what_is_no_chat_goes_anywhere(body):
+    assert await routed(body) == ""
+
+
+
+async def routed(body: bytes, sent: bytes | None = None) -> str:
+    """What Serve's router takes for the session of a chat."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, await receive()))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body}
+
+    async def send(_: Any) -> None: ...
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+    headers = [] if sent is None else [(b"x-session-id", sent)]
+    await ProxyGuard(app, 1 << 20, 1.0)({**scope, "headers": headers}, receive, send)
+    ((scope, message),) = seen
+    assert message["body"] == body
+    return parse_session_id_header(dict(scope["headers"]))
+
+
+async def test_bodies_that_are_read_at_a_time_are_bounded(monkeypatch):
+    """Whose they are nobody knows yet."""
+    monkeypatch.setattr("serve.proxy_guard._MOST_BODIES", 2)
+    goes_on, statuses = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def receive() -> Any:
+        await goes_on.wait()
+        return {"type": "http.request", "body": b"x"}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    guard = ProxyGuard(app, 10, 5.0)
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
+    asked = [asyncio.ensure_future(guard({**scope}, receive, send)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert statuses == [429, None]
+    goes_on.set()
+    await asyncio.gather(*asked)
+    assert statuses.count(200) == 2
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from run_folders import evaluate, make_checkpoint
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from rl import checkpoint
 from rl.config_file import ConfigError
@@ -213,6 +213,40 @@ def test_a_model_of_another_maker_is_version_0_and_its_files_must_open(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     assert "there is no model" in Book(tmp_path / "serve2").add(tmp_path / "empty").note
+
+
+def test_a_model_that_was_put_in_anothers_place_is_a_release_anew_when_serving_starts(tmp_path, monkeypatch):
+    model, book = tmp_path / "model", Book(tmp_path / "serve")
+
+    def put(value: int) -> None:
+        shutil.rmtree(model, ignore_errors=True)
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        save_file({"weight": np.full(3, value, np.float32)}, model / "model.safetensors")
+
+    def served() -> float:
+        book.renew(model)
+        folder = Path(book.begin(model).release(0).folder)
+        assert book.read().stable == 0
+        return float(load_file(folder / "model.safetensors")["weight"][0])
+
+    put(1)
+    assert served() == 1.0
+    since = book.read().release(0).time
+    assert (served(), book.read().release(0).time) == (1.0, since), "the same is left alone"
+    put(2)
+    book.begin(model)
+    assert served() == 2.0
+
+
+def test_a_checkpoint_whose_version_came_otherwise_is_left_alone(book, run):
+    """From the weight store: other files, the same weights."""
+    folder = Path(book.read().release(2).folder)
+    (folder / "model.safetensors").unlink()
+    shutil.copy(run / "checkpoints" / "step=20" / "model.safetensors", folder / "model.safetensors")
+    before = book.read()
+    book.renew(run / "checkpoints" / "step=20")
+    assert book.read() == before
 
 
 def test_the_same_again_is_left_alone_and_another_of_the_same_number_is_refused(book, run, tmp_path):

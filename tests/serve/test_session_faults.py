@@ -1,18 +1,26 @@
 """What goes wrong beside and below a session: a full disk, other processes, an environment that is gone, bad timing."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import time
+from contextlib import ExitStack
 
 import pytest
 from talking import code, events_of, made, said, types
+from websockets.sync.client import connect
 
+from actors.grader import Grader, NotGraded
 from serve.ask import Ask
+from serve.errors import ApiError
 from serve.journal import Journal, fold
 from serve.keys import ANONYMOUS
+from serve.live import Conversation
 from serve.schema import FeedbackRequest
 from serve.session import Session
+from serve.sessions import Sessions
+from serve.versions import UnknownVersion
 
 
 def path_of(server, session: str):
@@ -101,7 +109,7 @@ def test_a_turn_that_was_stopped_goes_on_in_the_same_environment(client, server)
     try:
 
         async def stop_while_it_speaks():
-            after = inside.begin(Ask(stream=True))
+            after = inside.begin(Ask(stream=True), ExitStack())
             follow = inside.follow(after)
             async for event in follow:
                 if event["type"] == "turn_start":
@@ -200,11 +208,11 @@ def test_an_old_episode_that_fails_late_says_nothing_in_the_next_turn(client, se
         return made_env
 
     async def let_go_and_begin_again():
-        inside.begin(Ask(stream=True))
+        inside.begin(Ask(stream=True), ExitStack())
         await asyncio.sleep(0.05)
         inside._drop()
         inside._rest("stopped", reason="asked")
-        after = inside.begin(Ask(stream=True))
+        after = inside.begin(Ask(stream=True), ExitStack())
         closed[0].set()
         return [event["type"] async for event in inside.follow(after)]
 
@@ -313,3 +321,193 @@ def test_a_book_that_cannot_be_read_changes_nothing(client, server):
             assert client.get("/v1/models").status_code == client.get("/health").status_code == 200
     finally:
         file.write_text(text)
+
+
+def gives_up(times: int, monkeypatch, played) -> None:
+    """Versions that are forgotten while a turn waits for them, so many times."""
+    left = [times]
+    for name in ("generate", "stream"):
+        real = getattr(played, name)
+
+        def asked(*args, real=real):
+            left[0] -= 1
+            if left[0] >= 0:
+                raise UnknownVersion("version 1 is not served here")
+            return real(*args)
+
+        monkeypatch.setattr(played, name, asked)
+
+
+@pytest.mark.parametrize(("times", "ends"), [(2, "waiting"), (3, "error")])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_turn_that_waits_for_a_version_that_is_given_up_takes_another(
+    client, play, monkeypatch, times, ends, stream
+):
+    session = made(client)
+    gives_up(times, monkeypatch, play("yes"))
+    last = said(client, session, "hello", stream=stream)[-1]
+    assert last["type"] == ends and last.get("code") in (None, "unavailable")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_so_does_a_chat_unless_it_names_its_version(client, play, monkeypatch, stream):
+    asked = {"model": "agent", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    gives_up(2, monkeypatch, play("yes"))
+    assert client.post("/v1/chat/completions", json=asked).status_code == 200
+    gives_up(1, monkeypatch, play("yes"))
+    answer = client.post("/v1/chat/completions", json={**asked, "model": "agent@1"})
+    assert code(answer) == (503, "version_unavailable")
+
+
+@pytest.mark.parametrize("how", ["deleted", "stopped", "closed"])
+def test_the_environment_of_a_session_that_ends_in_a_turn_is_closed(client, server, play, monkeypatch, how):
+    """A sandbox would live on. After a stop it is kept: the same turn can be asked for again."""
+    closed, close = [], Conversation.close
+
+    async def counted(self):
+        await close(self)
+        closed.append(1)
+
+    monkeypatch.setattr(Conversation, "close", counted)
+    session = made(client)
+    play("one two three", slow=True, after=2)
+    with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
+        lines = stream.iter_lines()
+        next(line for line in lines if line == "event: tokens")
+        if how == "deleted":
+            assert client.delete(f"/v1/sessions/{session}").status_code == 204
+        elif how == "stopped":
+            client.post(f"/v1/sessions/{session}/stop")
+        else:
+            server.loop.call_soon_threadsafe(server.service.sessions.close)
+        list(lines)
+    time.sleep(0.3)
+    assert closed == ([] if how == "stopped" else [1])
+
+
+def test_a_turn_keeps_its_place_among_those_under_way_until_it_ends(client, server, play, monkeypatch):
+    """Not until its client leaves: who hangs up and asks again would have more at a time than the key may."""
+    given_back, begin = [], Session.begin
+
+    def begun(self, ask, place):
+        place.callback(lambda: given_back.append(self.id))
+        return begin(self, ask, place)
+
+    monkeypatch.setattr(Session, "begin", begun)
+    play("one two three", slow=True, after=2)
+    session = made(client)
+    with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
+        next(line for line in stream.iter_lines() if line == "event: tokens")
+    time.sleep(0.2)
+    assert given_back == [] and client.get(f"/v1/sessions/{session}").json()["status"] == "running"
+    client.post(f"/v1/sessions/{session}/stop")
+    assert given_back == [session]
+    assert code(client.post(f"/v1/sessions/{session}/turns", json={"retry": True, "turn": 9})) == (400, "no_such_turn")
+    assert given_back == [session] * 2, "also one that has not begun"
+
+
+def test_who_speaks_over_a_websocket_is_told_of_any_error(client, server, monkeypatch):
+    session = made(client)
+
+    def full(self, ask, place):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Session, "begin", full)
+    with connect(f"{server.url.replace('http', 'ws')}/v1/sessions/{session}/ws") as socket:
+        socket.send(json.dumps({"content": "hello"}))
+        told = json.loads(socket.recv(timeout=10))
+        assert (told["type"], told["code"]) == ("error", "storage_failed")
+
+
+def test_a_template_that_takes_no_system_text_is_the_clients_error(client, server, monkeypatch):
+    def refused(*_):
+        raise ValueError("System role not supported")
+
+    session = made(client, system="brief")
+    monkeypatch.setattr(server.service.codec, "prompt", refused)
+    answer = client.post("/v1/sessions", json={"system": "brief"})
+    assert code(answer) == (400, "invalid_request") and "System role" in answer.json()["error"]["message"]
+    answer = client.post(f"/v1/sessions/{session}/turns", json={"content": "hello"})
+    assert code(answer) == (400, "invalid_request")
+
+
+def test_words_that_were_not_answered_count_too(client, server, play):
+    """Else the session would be over for a message that could have been refused."""
+    for before in ("", "first"):
+        session = made(client)
+        if before:
+            play("yes")
+            said(client, session, before)
+        play("one two three", slow=True, after=2)
+        with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "7" * 150}) as stream:
+            lines = stream.iter_lines()
+            next(line for line in lines if line == "event: tokens")
+            client.post(f"/v1/sessions/{session}/stop")
+            list(lines)
+        answer = client.post(f"/v1/sessions/{session}/turns", json={"content": "7" * 150})
+        assert code(answer) == (400, "context_length_exceeded")
+        assert "takes 15" in answer.json()["error"]["message"]
+        assert client.get(f"/v1/sessions/{session}").json()["status"] == "waiting"
+        play("yes")
+        assert types(said(client, session, "7"))[-1] == "waiting"
+
+
+def test_what_is_deleted_while_a_turn_is_asked_for_is_not_there(client, server):
+    inside = server.service.sessions.find(ANONYMOUS, made(client))
+    inside.journal.path.unlink()
+
+    async def asked():
+        with ExitStack() as place:
+            inside.begin(Ask("hello"), place)
+
+    for ask in (asked, lambda: server.service.rate(inside, FeedbackRequest(turn=0, rating="up"))):
+        with pytest.raises(ApiError) as refused:
+            server.run(ask())
+        assert refused.value.status in (404, 409)
+
+
+def test_old_sessions_are_swept_also_after_a_time_without_the_volume(server, monkeypatch, tmp_path):
+    swept: list[float] = []
+
+    def away(self, before):
+        swept.append(before)
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr("serve.sessions._SWEEP_S", 0.01)
+    monkeypatch.setattr(Sessions, "_delete_old", away)
+
+    async def sweeping():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(Sessions(server.service, tmp_path).sweep(), 0.3)
+
+    server.run(sweeping())
+    assert len(swept) > 2
+
+
+def test_what_is_left_of_a_session_is_swept_and_counts_for_none(server, tmp_path):
+    (tmp_path / "anonymous").mkdir()
+    for name in ("ses_1.stop", "ses_2.new", "ses_3.jsonl"):
+        (tmp_path / "anonymous" / name).touch()
+    sessions = Sessions(server.service, tmp_path)
+    sessions._delete_old(time.time() - 100)
+    assert len(list((tmp_path / "anonymous").iterdir())) == 3
+    sessions._delete_old(time.time() + 100)
+    assert list((tmp_path / "anonymous").iterdir()) == []
+
+
+def test_the_log_has_nothing_of_what_an_ungraded_episode_said(client, server, play, monkeypatch, caplog):
+    async def failed(self, episode):
+        raise NotGraded("ValueError: could not convert 'my secret'")
+
+    monkeypatch.setattr(Grader, "score", failed)
+    session = made(client, env="calculator")
+    play("my secret")
+    assert said(client, session)[-1]["type"] == "done"
+    assert "not graded: ValueError" in caplog.text and "secret" not in caplog.text
+
+
+def test_who_has_no_key_does_not_read_this_machines_folders(server, monkeypatch):
+    monkeypatch.setattr(server.service, "_trouble", "/runs/agent/releases.json cannot be read")
+    assert "/runs" in server.service.health()["note"]
+    monkeypatch.setattr(type(server.service.keys), "needed", True)
+    assert server.service.health()["note"] == ""
