@@ -21,6 +21,9 @@ class EngineOptions:
     dtype: str = "float32"
     max_length: int = 512
     max_sequences: int = 128
+    max_batched_tokens: int = 4096
+    """That a step computes, prompts and answers together; never below `max_length` or `max_sequences`. With fewer,
+    answers under way wait for less long while others' prompts are computed."""
     device: str = "cpu"
     kv_cache_gib: int = 1
     gpu_memory_utilization: float = 0.9
@@ -56,7 +59,7 @@ def engine_args(model_path: str, options: EngineOptions) -> "EngineArgs":
         dtype=options.dtype,  # type: ignore[arg-type]
         max_model_len=options.max_length,
         max_num_seqs=options.max_sequences,
-        max_num_batched_tokens=max(options.max_length, 4096),
+        max_num_batched_tokens=max(options.max_length, options.max_sequences, options.max_batched_tokens),
         gpu_memory_utilization=options.gpu_memory_utilization,
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="uni" if options.tensor_parallel == 1 else "ray",

@@ -379,7 +379,7 @@ def test_the_environment_of_a_session_that_ends_in_a_turn_is_closed(client, serv
         elif how == "stopped":
             client.post(f"/v1/sessions/{session}/stop")
         else:
-            server.loop.call_soon_threadsafe(server.service.sessions.close)
+            server.loop.call_soon_threadsafe(server.service.sessions.find(ANONYMOUS, session).close)
         list(lines)
     time.sleep(0.3)
     assert closed == ([] if how == "stopped" else [1])
@@ -439,14 +439,14 @@ def test_words_that_were_not_answered_count_too(client, server, play):
             play("yes")
             said(client, session, before)
         play("one two three", slow=True, after=2)
-        with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "7" * 150}) as stream:
+        with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "7" * 160}) as stream:
             lines = stream.iter_lines()
             next(line for line in lines if line == "event: tokens")
             client.post(f"/v1/sessions/{session}/stop")
             list(lines)
-        answer = client.post(f"/v1/sessions/{session}/turns", json={"content": "7" * 150})
+        answer = client.post(f"/v1/sessions/{session}/turns", json={"content": "7" * 160})
         assert code(answer) == (400, "context_length_exceeded")
-        assert "takes 15" in answer.json()["error"]["message"]
+        assert "takes 16" in answer.json()["error"]["message"]
         assert client.get(f"/v1/sessions/{session}").json()["status"] == "waiting"
         play("yes")
         assert types(said(client, session, "7"))[-1] == "waiting"
