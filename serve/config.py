@@ -19,9 +19,9 @@ class ServeEngine(VllmConfig):
     gpus: float = Field(default=0.0, ge=0)
     threads: PositiveInt | None = None
     """Default: one for a model as small as the quickstart's, for others a replica's part of this machine's cores."""
-    max_batched_tokens: PositiveInt | None = None
-    """That a step computes: the fewer, the less long answers under way wait for others' prompts. Default: 512 on CPU,
-    4096 on a GPU; never less than a whole conversation."""
+    max_batched_tokens: PositiveInt = 4096
+    """That a step computes, and never less than a conversation has: with fewer, no answer under way waits for long
+    while others' prompts are computed, and all of them take longer."""
     max_length: PositiveInt | None = None
     """Tokens of a whole conversation. Default: model.max_length of the run."""
     trust_remote_code: bool = False

@@ -82,13 +82,12 @@ class Service:
         tokenizer = load_tokenizer(folder, trust_remote_code=e.trust_remote_code or trained.model.trust_remote_code)
         keep = e.keep_sampled_turns or trained.model.keep_sampled_turns
         codec = ChatCodec(tokenizer, keep_sampled_turns=keep)
-        device = device_of(config)
         options = EngineOptions.of(
             e,
             dtype=trained.generator_dtype,
             max_length=max_length,
-            device=device,
-            max_batched_tokens=e.max_batched_tokens or (512 if device == "cpu" else 4096),
+            device=device_of(config),
+            max_batched_tokens=e.max_batched_tokens,
             trust_remote_code=e.trust_remote_code or trained.model.trust_remote_code,
             transfer=FROM_FOLDER,
         )
