@@ -18,6 +18,12 @@ _TYPES = {
     504: "timeout_error",
 }
 
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "OpenAI's error: what is wrong with the request"},
+    "5XX": {"description": "OpenAI's error: what is wrong here"},
+}
+"""Of every route, as the OpenAPI schema has them."""
+
 
 class ApiError(Exception):
     """A request is refused, or failed: `code` is for programs, the text for people; param: the field that is wrong.

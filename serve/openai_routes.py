@@ -13,7 +13,7 @@ from starlette.types import Send
 
 from serve.attended import SSE_HEADERS, ClientGone, attended, refusal
 from serve.completions import Asked, Completions, Turn
-from serve.errors import ApiError
+from serve.errors import REFUSALS, ApiError
 from serve.openai_answers import JSON, Answer
 from serve.openai_schema import ChatRequest, CompletionRequest, parse, schema, text_of
 from serve.versions import UnknownVersion
@@ -25,8 +25,7 @@ _CHOICES = 3
 """How many versions a request is tried with, where it names none."""
 _RESPONSES: dict[int | str, Any] = {
     200: {"description": "OpenAI's answer, with `weight_version`; server-sent events when `stream` is true"},
-    "4XX": {"description": "OpenAI's error: what is wrong with the request"},
-    "5XX": {"description": "OpenAI's error: what is wrong here"},
+    **REFUSALS,
 }
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from serve.ask import Ask, counted
 from serve.attended import SSE_HEADERS, ClientGone, attended, refusal
-from serve.errors import ApiError
+from serve.errors import REFUSALS, ApiError
 from serve.journal import Event, fold
 from serve.keys import Caller
 from serve.schema import FeedbackRequest, SessionRequest, TurnRequest
@@ -53,7 +53,7 @@ def _streamed(session: Session, after: int) -> StreamingResponse:
 
 def router(service: "Service") -> APIRouter:
     """Every route of sessions."""
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", responses=REFUSALS)
     sessions = service.sessions
 
     @routes.post("/sessions", status_code=201)

@@ -34,6 +34,13 @@ def test_the_schema_has_every_route(schema):
     assert len(paths) >= 14
 
 
+def test_every_route_says_how_it_refuses_and_not_as_the_framework_would(server):
+    with server.client() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+    told = [operation["responses"] for path, o in paths.items() if path.startswith("/v1") for operation in o.values()]
+    assert len(told) > 10 and all("4XX" in responses and "422" not in responses for responses in told)
+
+
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as_declared", "otherwise"])
 def test_no_input_is_a_failure_of_the_server(schema, session, mode):
     operations = [result.ok() for result in schema.get_all_operations()]
