@@ -53,9 +53,10 @@ def router(service: "Service") -> APIRouter:
         body = parse(ChatRequest, raw)
         opening = next((text_of(m.content) for m in body.messages if m.role == "user"), "")
         key = _key(request, body.prompt_cache_key or body.user, opening)
-        service.version_of(body.model, key)  # raises
+        version = service.version_of(body.model, key)
         asked = await work.chat(body, len(raw))
-        return await answer(request, body, asked, key, (body.top_logprobs or 0) if body.logprobs else None)
+        tells = (body.top_logprobs or 0) if body.logprobs else None
+        return await answer(request, body, asked, version, key, tells)
 
     @routes.post("/completions", openapi_extra=schema(CompletionRequest))
     async def complete(request: Request) -> Response:
@@ -63,19 +64,21 @@ def router(service: "Service") -> APIRouter:
         raw = await request.body()
         body = parse(CompletionRequest, raw)
         key = _key(request, body.user, json.dumps(body.prompt))
-        service.version_of(body.model, key)  # raises
+        version = service.version_of(body.model, key)
         asked = await work.texts(body, len(raw))
-        return await answer(request, body, asked, key, body.logprobs)
+        return await answer(request, body, asked, version, key, body.logprobs)
 
-    async def answer(request: Request, body: Any, asked: list[Asked], key: str, tells: int | None) -> Response:
-        for left in reversed(range(_CHOICES)):
-            version = service.version_of(body.model, key)
+    async def answer(
+        request: Request, body: Any, asked: list[Asked], version: int, key: str, tells: int | None
+    ) -> Response:
+        tried = 1
+        while True:
             try:
                 return await answered(request, body, asked, version, tells)
             except UnknownVersion:  # it was given up while this waited for it, and nothing has been said: take another
-                if not left or "@" in body.model:
+                if tried == _CHOICES or "@" in body.model:
                     raise
-        raise AssertionError
+                tried, version = tried + 1, service.version_of(body.model, key)
 
     async def answered(request: Request, body: Any, asked: list[Asked], version: int, tells: int | None) -> Response:
         shape = Answer(service.codec, service.name, version, asked, tells=tells)

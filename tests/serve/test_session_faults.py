@@ -381,8 +381,11 @@ def test_the_environment_of_a_session_that_ends_in_a_turn_is_closed(client, serv
         else:
             server.loop.call_soon_threadsafe(server.service.sessions.find(ANONYMOUS, session).close)
         list(lines)
-    time.sleep(0.3)
-    assert closed == ([] if how == "stopped" else [1])
+    expected = [] if how == "stopped" else [1]
+    deadline = time.monotonic() + 10
+    while closed != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert closed == expected
 
 
 def test_a_turn_keeps_its_place_among_those_under_way_until_it_ends(client, server, play, monkeypatch):
@@ -394,6 +397,8 @@ def test_a_turn_keeps_its_place_among_those_under_way_until_it_ends(client, serv
         return begin(self, ask, place)
 
     monkeypatch.setattr(Session, "begin", begun)
+    patient = server.service.config.sessions.model_copy(update={"disconnect_grace_s": 30.0})
+    monkeypatch.setattr(server.service, "config", server.service.config.model_copy(update={"sessions": patient}))
     play("one two three", slow=True, after=2)
     session = made(client)
     with client.stream("POST", f"/v1/sessions/{session}/turns", json={"content": "talk"}) as stream:
@@ -403,6 +408,9 @@ def test_a_turn_keeps_its_place_among_those_under_way_until_it_ends(client, serv
     client.post(f"/v1/sessions/{session}/stop")
     assert given_back == [session]
     assert code(client.post(f"/v1/sessions/{session}/turns", json={"retry": True, "turn": 9})) == (400, "no_such_turn")
+    deadline = time.monotonic() + 10
+    while len(given_back) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert given_back == [session] * 2, "also one that has not begun"
 
 
