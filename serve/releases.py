@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock
 
@@ -25,6 +25,8 @@ from serve.release import Release, Releases
 from serve.release_files import Origin, damage, link_files, origin_of, same_weights, success_of, trained_steps
 
 KEEP = 4
+_ITS_RUN = ".."
+"""The source of what comes from the run that the server's folder lies in."""
 
 
 class Book:
@@ -49,12 +51,21 @@ class Book:
     def _parsed(self) -> Releases:
         try:
             data = json.loads(self._file.read_text())
-            versions = tuple(
-                Release(**r, folder=str(self._folder_of(r["version"]).resolve())) for r in data.pop("versions")
-            )
+            versions = tuple(map(self._as_read, data.pop("versions")))
             return Releases(versions, **{**data, "previous": tuple(data["previous"])})
         except (ValueError, TypeError, LookupError) as error:
             raise ConfigError(f"{self._file} cannot be read: {error}. Delete it to begin anew") from None
+
+    def _as_read(self, told: dict[str, Any]) -> Release:
+        source = str(self.folder.resolve().parent) if told["source"] == _ITS_RUN else told["source"]
+        return Release(**{**told, "source": source}, folder=str(self._folder_of(told["version"]).resolve()))
+
+    def _as_written(self, release: Release) -> dict[str, Any]:
+        """A run may be moved with its releases."""
+        own = release.source == str(self.folder.resolve().parent)
+        told = {**asdict(release), "source": _ITS_RUN if own else release.source}
+        del told["folder"]
+        return told
 
     def _folder_of(self, version: int) -> Path:
         return self.folder / "versions" / str(version)
@@ -70,7 +81,7 @@ class Book:
             before = self.read()
             after = change(before)
             if after != before:
-                versions = [{k: v for k, v in asdict(r).items() if k != "folder"} for r in after.versions]
+                versions = list(map(self._as_written, after.versions))
                 checkpoint.write_whole(self._file, json.dumps({**asdict(after), "versions": versions}, indent=1))
             for gone in {r.version for r in before.versions} - {r.version for r in after.versions}:
                 shutil.rmtree(self._folder_of(gone), ignore_errors=True)

@@ -258,6 +258,16 @@ def test_the_same_again_is_left_alone_and_another_of_the_same_number_is_refused(
     assert book.read() == before
 
 
+def test_a_run_that_is_moved_keeps_its_releases(run, tmp_path):
+    first = Book(run / "serve").begin(run / "checkpoints" / "step=10")
+    moved = tmp_path / "elsewhere" / "agent"
+    shutil.copytree(run, moved)
+    book = Book(moved / "serve")
+    assert book.begin(moved / "checkpoints" / "step=10").stable == first.stable
+    (release,) = book.read().versions
+    assert (release.source, Path(release.folder).parent.parent) == (str(moved), moved / "serve")
+
+
 def test_a_checkpoint_that_does_not_say_its_version_is_a_mistake_with_a_name(book, run):
     (run / "checkpoints" / "step=20" / "state.json").write_text("{")
     with pytest.raises(ConfigError, match=r"state\.json cannot be read"):
