@@ -16,13 +16,11 @@ from serve.completions import Asked, Completions, Turn
 from serve.errors import REFUSALS, ApiError
 from serve.openai_answers import JSON, Answer
 from serve.openai_schema import ChatRequest, CompletionRequest, parse, schema, text_of
-from serve.versions import UnknownVersion
+from serve.versions import TRIES, UnknownVersion
 
 if TYPE_CHECKING:
     from serve.service import Service
 
-_CHOICES = 3
-"""How many versions a request is tried with, where it names none."""
 _RESPONSES: dict[int | str, Any] = {
     200: {"description": "OpenAI's answer, with `weight_version`; server-sent events when `stream` is true"},
     **REFUSALS,
@@ -76,7 +74,7 @@ def router(service: "Service") -> APIRouter:
             try:
                 return await answered(request, body, asked, version, tells)
             except UnknownVersion:  # it was given up while this waited for it, and nothing has been said: take another
-                if tried == _CHOICES or "@" in body.model:
+                if tried == TRIES or "@" in body.model:
                     raise
                 tried, version = tried + 1, service.version_of(body.model, key)
 

@@ -80,7 +80,8 @@ def _deploy(config: ServeConfig) -> None:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_GUARD,
         "REPERTORY_MAX_BODY_BYTES": str(config.http.max_body_bytes),
         "REPERTORY_BODY_TIMEOUT_S": str(config.http.body_timeout_s),
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # one that died is started again after three of them, not of 10 s
+        # One that died is started again after three of them, by default of 10 s.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": os.environ.get("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "2"),
     }
     os.environ.update(for_proxies)
     connect(for_proxies)

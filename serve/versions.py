@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("repertory.serve")
 
 CHUNK_S = 0.15
+TRIES = 3
+"""Versions that something is tried with whose own is given up while it waits."""
 _STUCK_S = 300.0
 """A step or a load that takes longer is none that will end."""
 

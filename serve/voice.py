@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rl.env import Action
 from rl.policy import Completion, Sampling
 from serve.journal import Event, Played
-from serve.versions import UnknownVersion
+from serve.versions import TRIES, UnknownVersion
 
 if TYPE_CHECKING:
     from serve.service import Service
-
-_CHOICES = 3
-"""How many versions a turn is tried with."""
 
 
 class Voice:
@@ -47,9 +44,8 @@ class Voice:
             turn = self._recorded[k].turn
             return Completion(turn["token_ids"], turn["logprobs"], turn["versions"], turn["finish_reason"])
         self._context = len(token_ids)
-        chosen = 0
+        tried = 1
         while True:
-            chosen += 1
             version, streams = self._now()
             self._tell("turn_start", turn=k, version=version, seed=sampling.seed)
             sample = (
@@ -62,8 +58,9 @@ class Voice:
                 self._last = await self._sampling
                 return self._last
             except UnknownVersion:  # it was given up while this turn waited for it: there is another
-                if chosen >= _CHOICES:
+                if tried == TRIES:
                     raise
+                tried += 1
                 continue
             except asyncio.CancelledError:
                 this = asyncio.current_task()

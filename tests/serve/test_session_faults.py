@@ -382,6 +382,7 @@ def test_the_environment_of_a_session_that_ends_in_a_turn_is_closed(client, serv
             server.loop.call_soon_threadsafe(server.service.sessions.find(ANONYMOUS, session).close)
         list(lines)
     expected = [] if how == "stopped" else [1]
+    time.sleep(0.3)  # for what should not be
     deadline = time.monotonic() + 10
     while closed != expected and time.monotonic() < deadline:
         time.sleep(0.01)
